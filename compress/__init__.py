@@ -1,0 +1,1 @@
+"""Compression: mathematics on tensors, and the job that drives it over modules."""

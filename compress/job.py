@@ -1,0 +1,322 @@
+"""The streaming job: inputs -> one module of all adapters at a time -> shards -> bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorazip import manifest as manifests
+from lorazip.bundle import MANIFEST, Bundle
+from lorazip.compress import cluster, encode, shards
+from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble, module_errors
+from lorazip.compress.methods import METHODS
+from lorazip.compress.shards import Shard
+from lorazip.compress.spec import Spec
+from lorazip.errors import TargetError, UsageError
+from lorazip.files import flush, locked, write_bytes
+from lorazip.memory import PeakMemory
+from lorazip.sources import Inputs, open_adapters
+
+PARTIAL = ".partial"
+SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression did.
+
+    Attributes:
+        bundle: the result; None after a dry run.
+        spec: resolved options.
+        inputs: the adapters that went in, and what was skipped.
+        errors: (n, m) err of every adapter and module, NaN where an adapter lacks the module.
+        adapter_errors: (n,) err_i over all modules of an adapter.
+        fallbacks: (n, m) bool, own factors although the method shares.
+        spectra: per module (r_max,) mean share of energy of each singular value.
+        modules: their names, the columns above.
+        bundle_bytes: every byte of the bundle, whether written or not.
+        seconds: wall time of the whole run.
+        math_seconds: of it, inside the modules' computations and reads.
+        peak_memory: bytes of anonymous memory.
+    """
+
+    bundle: Bundle | None
+    spec: Spec
+    inputs: Inputs
+    errors: Tensor
+    adapter_errors: Tensor
+    fallbacks: Tensor
+    spectra: tuple[Tensor, ...]
+    modules: tuple[str, ...]
+    bundle_bytes: int
+    seconds: float
+    math_seconds: float
+    peak_memory: int
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the inputs' weights and configs."""
+        return sum(adapter.nbytes for adapter in self.inputs.adapters)
+
+    def summary(self) -> dict[str, object]:
+        """The figures of `lorazip compress --json`."""
+        return {
+            "adapters": len(self.inputs.adapters),
+            "modules": len(self.modules),
+            "original_bytes": self.original_bytes,
+            "bundle_bytes": self.bundle_bytes,
+            "ratio": self.original_bytes / self.bundle_bytes,
+            "mean_error": float(self.adapter_errors.mean()),
+            "max_error": float(self.adapter_errors.max()),
+            "fallbacks": int(self.fallbacks.sum()),
+            "seconds": self.seconds,
+            "math_seconds": self.math_seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "skipped": [str(defect) for defect in self.inputs.skipped],
+            "options": self.spec.recorded(),
+        }
+
+
+def compress(
+    paths: Sequence[str | Path],
+    spec: Spec | None = None,
+    output: str | Path = "bundle.lorazip",
+    *,
+    base: str | None = None,
+    skip_bad: bool = False,
+    resume: bool = False,
+    force: bool = False,
+) -> Bundle:
+    """Compress adapters into one bundle: the Python face of `lorazip compress`.
+
+    Args:
+        paths: PEFT directories, directories of them, globs, `@list.txt`, Hub ids, NAME=PATH.
+        spec: method and options; the default is jd-full with the paper's rank and clusters.
+        output: directory to make.
+        base: the base model, where the adapters' configs disagree about its name.
+        skip_bad: leave adapters with defects out and record them.
+        resume: continue an interrupted run of the same job.
+        force: replace a bundle that is there.
+    Raises:
+        InputError: with all defects of all adapters; UsageError, TargetError, UndecidedError: see their classes.
+    """
+    outcome = run(
+        paths, spec or Spec(), Path(output), base=base, skip_bad=skip_bad, resume=resume, force=force
+    )
+    assert outcome.bundle is not None
+    return outcome.bundle
+
+
+def run(
+    paths: Sequence[str | Path],
+    spec: Spec,
+    output: Path | None,
+    *,
+    base: str | None = None,
+    skip_bad: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Outcome:
+    """The job with all its figures. `output` None is a dry run: all is computed and nothing is written."""
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        if output is not None:
+            _check_target(output, resume, force)
+        inputs = open_adapters(
+            [str(p) for p in paths],
+            base=base,
+            skip_bad=skip_bad,
+            progress=lambda done, total: progress("reading", done, total),
+        )
+        if not inputs.modules:
+            raise UsageError("no adapter has a low-rank module to compress")
+        spec = resolve(inputs, spec)
+        if output is None:
+            finished, spent = _encode_all(inputs, spec, None, progress)
+            bundle, size = None, assemble(inputs, spec, finished, SizeSink(), progress)
+        else:
+            bundle, finished, spent = _write(inputs, spec, output, resume, force, progress)
+            size = bundle.nbytes
+    return _outcome(inputs, spec, finished, bundle, size, time.perf_counter() - started, spent, memory.peak)
+
+
+def resolve(inputs: Inputs, spec: Spec) -> Spec:
+    """Fill in what was left open by the paper's rule (Compress-then-Serve §6.4; METHODS.md §2).
+
+    n <= 100: one basis of n/2 + 7 columns; above: 16 columns and the least number of clusters with a mean squared
+    relative error below 0.6 on a middle module.
+    """
+    n = len(inputs.adapters)
+    if spec.rank is None and spec.energy is None and spec.max_error is None:
+        if spec.method == "svd":
+            return replace(spec, energy=SVD_ENERGY)
+        widest = max(info.rank for adapter in inputs.adapters for info in adapter.modules.values())
+        rank = widest if spec.method == "mean" else n // 2 + 7 if n <= 100 else cluster.PAPER_RANK
+        spec = replace(spec, rank=rank)
+    if spec.method == "svd" or spec.clusters is not None:
+        return spec
+    if n <= 100 or spec.method == "mean":
+        return replace(spec, clusters=1)
+    names = list(inputs.modules)
+    middle = names[len(names) // 2]
+    factors = [adapter.low_rank(middle) for adapter in inputs.adapters if middle in adapter.modules]
+    module, _ = encode.prepare(middle, factors, spec)
+    method, rank = METHODS[spec.method], spec.rank or cluster.PAPER_RANK
+    count = cluster.paper_clusters(method, module.stack, module.weights, module.energies, rank)
+    return replace(spec, clusters=count)
+
+
+def _encode_all(
+    inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress
+) -> tuple[list[Shard], float]:
+    """Every module, from its shard where that is there. Returns them and the seconds spent in reads and mathematics."""
+    finished: list[Shard] = []
+    spent = 0.0
+    modules = inputs.modules
+    for index, (name, (out, in_)) in enumerate(modules.items()):
+        path = None if folder is None else folder / f"{index:05d}.safetensors"
+        done = None if path is None else shards.read(path, out, in_)
+        if done is None:
+            begun = time.perf_counter()
+            factors = [adapter.low_rank(name) for adapter in inputs.adapters if name in adapter.modules]
+            code = encode.encode(name, factors, spec)
+            spent += time.perf_counter() - begun
+            if path is not None:
+                shards.write(path, code)
+            done = shards.describe(code, out, in_) if path is None else shards.read(path, out, in_)
+            assert done is not None
+        finished.append(done)
+        progress("compressing", index + 1, len(modules))
+    return finished, spent
+
+
+def _write(
+    inputs: Inputs, spec: Spec, output: Path, resume: bool, force: bool, progress: Progress
+) -> tuple[Bundle, list[Shard], float]:
+    partial = output.with_name(output.name + PARTIAL)
+    _start(partial, identity(inputs, spec), resume, force)
+    with locked(partial):
+        finished, spent = _encode_all(inputs, spec, partial, progress)
+        assemble(inputs, spec, finished, DirectorySink(partial / "bundle"), progress)
+        replace_bundle(partial / "bundle", output, force)
+        shutil.rmtree(partial)
+    return Bundle.open(output), finished, spent
+
+
+def identity(inputs: Inputs, spec: Spec) -> str:
+    """What makes two runs the same job: options and inputs.
+
+    Files count by size and time of change, not by content: this only guards a resumed run, and reading gigabytes again
+    to hash them would cost as much as the run.
+    """
+    files = []
+    for adapter in inputs.adapters:
+        status = (adapter.directory / "adapter_model.safetensors").stat()
+        files.append([adapter.name, status.st_size, status.st_mtime_ns, adapter.config])
+    skipped = [str(defect) for defect in inputs.skipped]
+    job = [
+        manifests.VERSION,
+        torch.__version__,
+        inputs.base,
+        inputs.revision,
+        spec.recorded(),
+        files,
+        skipped,
+    ]
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def _check_target(output: Path, resume: bool, force: bool) -> None:
+    """Refuse before any work what could not be written after it."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not (output / MANIFEST).is_file():
+            raise TargetError(f"{output} exists and is not a bundle (choose another name)")
+        if not force:
+            raise TargetError(f"{output} exists (use --force to replace it, or choose another name)")
+    partial = output.with_name(output.name + PARTIAL)
+    if partial.exists() and not resume and not force:
+        raise TargetError(f"{partial} is an unfinished run (--resume continues it, --force discards it)")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{output.parent} cannot be made: {error.strerror}") from error
+
+
+def _start(partial: Path, job: str, resume: bool, force: bool) -> None:
+    """Make the folder of a fresh run, or check that the one that is there belongs to this job."""
+    note = partial / "job.json"
+    try:
+        if partial.exists():
+            known = json.loads(note.read_text())["job"] if note.is_file() else None
+            if known == job and resume:
+                return
+            if not force and known is not None:
+                raise TargetError(
+                    f"{partial} belongs to a run with other options or inputs "
+                    "(repeat those to --resume it, or --force to discard it)"
+                )
+            with locked(partial):
+                shutil.rmtree(partial)
+        partial.mkdir()
+    except OSError as error:
+        raise TargetError(f"{partial} cannot be made: {error.strerror}") from error
+    write_bytes(note, json.dumps({"job": job}).encode())
+
+
+def replace_bundle(new: Path, output: Path, force: bool) -> None:
+    """Rename a finished bundle to its final name; an old one (with force) is only deleted once the new one is there."""
+    old = None
+    try:
+        if output.exists() and any(output.iterdir()):
+            if not force:
+                raise TargetError(f"{output} appeared while the job ran (use --force to replace it)")
+            old = output.with_name(output.name + ".old")
+            output.rename(old)
+        new.rename(output)
+        flush(output.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise TargetError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def _outcome(
+    inputs: Inputs,
+    spec: Spec,
+    finished: Sequence[Shard],
+    bundle: Bundle | None,
+    size: int,
+    seconds: float,
+    spent: float,
+    peak: int,
+) -> Outcome:
+    residuals, energies = module_errors(inputs, finished)
+    errors = torch.where(energies > 0, residuals / energies.clamp_min(1e-300), residuals * 0)
+    fallbacks = torch.zeros(errors.shape, dtype=torch.bool)
+    for column, code in enumerate(finished):
+        rows = (~energies[:, column].isnan()).nonzero()[:, 0]
+        fallbacks[rows, column] = torch.tensor(code.fallbacks)
+    return Outcome(
+        bundle,
+        spec,
+        inputs,
+        errors,
+        adapter_errors(inputs, finished),
+        fallbacks,
+        tuple(code.spectrum for code in finished),
+        tuple(inputs.modules),
+        size,
+        seconds,
+        spent,
+        peak,
+    )

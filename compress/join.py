@@ -1,0 +1,218 @@
+"""Joining later: new adapters on the bases of a finished bundle (METHODS.md §2 "Joining later", §3 "projected").
+
+The bases stay; every new adapter gets the least-squares core on the one that fits it best, its error is measured, and
+where the bases cannot hold it, it keeps factors of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorazip.adapter import Adapter, LowRank
+from lorazip.bundle import Bundle, adapter_path
+from lorazip.codecs import DTYPES
+from lorazip.compress import encode
+from lorazip.compress.joint import Pair
+from lorazip.compress.methods import METHODS
+from lorazip.compress.spec import Spec
+from lorazip.compress.svd import OwnFactors
+from lorazip.edit import commit
+from lorazip.errors import Defect, InputError, TargetError
+from lorazip.files import Entry, flush, locked, write_safetensors
+from lorazip.manifest import AdapterRecord, FileRecord, Module
+from lorazip.sources import Inputs, fingerprint, open_adapters
+from lorazip.terms import Form, shared_indices
+
+Progress = Callable[[str, int, int], None]
+
+
+def add(
+    path: Path,
+    paths: Sequence[str],
+    *,
+    max_error: float | None = None,
+    base: str | None = None,
+    skip_bad: bool = False,
+    device: str = "auto",
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[Bundle, Inputs]:
+    """Add adapters to a bundle; nothing that it holds is changed.
+
+    Args:
+        path: the bundle.
+        paths: as for `compress`.
+        max_error: bound on err of every new adapter and module; by default the bundle's own bound, else the worst error
+            that one of its adapters has already.
+        base: accept adapters of another base string.
+        skip_bad: leave adapters with defects out.
+    Returns:
+        the changed bundle, and what was added and skipped.
+    Raises:
+        InputError: bad adapters, names that the bundle has, another base or shapes; nothing is changed.
+    """
+    with locked(path):
+        bundle = Bundle.open(path)
+        bundle.require([])
+        inputs = open_adapters(
+            paths, base=base, skip_bad=skip_bad, progress=lambda done, total: progress("reading", done, total)
+        )
+        _check(bundle, inputs, base)
+        spec = _spec(bundle, max_error, device)
+        known = {m.name: m for m in bundle.manifest.modules}
+        fresh = [Module(n, o, i, ()) for n, (o, i) in inputs.modules.items() if n not in known]
+        modules = (*bundle.manifest.modules, *fresh)
+        forms: dict[str, list[Form | None]] = {a.name: [None] * len(modules) for a in inputs.adapters}
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        sums = {a.name: [0.0, 0.0] for a in inputs.adapters}
+        for index, module in enumerate(modules):
+            having = [a for a in inputs.adapters if module.name in a.modules]
+            if having:
+                factors = [a.low_rank(module.name) for a in having]
+                bases = bundle.shared(index, range(len(module.layout))) if module.layout else {}
+                code = join(module, bases, factors, spec)
+                rows = zip(having, code.forms, code.own, code.residuals, code.energies, strict=True)
+                for adapter, form, own, residual, energy in rows:
+                    forms[adapter.name][index] = form
+                    parts[adapter.name] += own
+                    sums[adapter.name][0] += float(residual)
+                    sums[adapter.name][1] += float(energy)
+            progress("joining", index + 1, len(modules))
+        records = []
+        for adapter in inputs.adapters:
+            residual, energy = sums[adapter.name]
+            file = _write(path, adapter, parts[adapter.name])
+            error = float(f"{residual / energy if energy else 0.0:.8g}")
+            own_forms = tuple(forms[adapter.name])
+            records.append(
+                AdapterRecord(adapter.name, adapter.config, own_forms, error, adapter.nbytes, file)
+            )
+        missing: tuple[None, ...] = (None,) * len(fresh)
+        old = (replace(a, forms=(*a.forms, *missing)) for a in bundle.manifest.adapters)
+        commit(
+            path,
+            replace(
+                bundle.manifest,
+                modules=modules,
+                adapters=tuple(sorted((*old, *records), key=lambda a: a.name)),
+                fingerprint=fingerprint({m.name: (m.out, m.in_) for m in modules}),
+            ),
+        )
+    return Bundle.open(path), inputs
+
+
+def join(
+    module: Module, bases: dict[int, Tensor], factors: Sequence[LowRank], spec: Spec
+) -> encode.ModuleCode:
+    """Encode adapters of one module on stored bases.
+
+    Args:
+        module: with its layout: bases come in pairs, left at 2c and right at 2c + 1.
+        bases: decoded shared tensors, (columns, out) or (columns, in).
+        factors: of the new adapters.
+        spec: of the bundle, with the bound in max_error.
+    """
+    ready, loaded = encode.prepare(module.name, factors, spec)
+    if spec.method == "svd" or not bases:
+        own = [encode.own_factors(ready, i, _alone(spec), f) for i, f in enumerate(factors)]
+        return encode.measured(ready, loaded, module.layout, (), own, bases)
+    device = loaded.left.device
+    pairs = [Pair(bases[c].T.to(device), bases[c + 1].T.to(device)) for c in range(0, len(bases), 2)]
+    errors = torch.stack(
+        [METHODS[spec.method].residuals(ready.stack, p, ready.energies) for p in pairs], dim=1
+    )
+    best = errors.argmin(1).tolist()
+    own = [OwnFactors((), ())] * len(factors)
+    for c, pair in enumerate(pairs):
+        members = [i for i, choice in enumerate(best) if choice == c and ready.energies[i] > 0]
+        if members:
+            found = encode.cores(ready.stack, members, pair, spec, (2 * c, 2 * c + 1))
+            for i, core in zip(members, found, strict=True):
+                own[i] = core
+    code = encode.measured(ready, loaded, module.layout, (), own, bases)
+    missed = encode.missed(code, spec)
+    own = [
+        encode.own_factors(ready, i, _alone(spec), f) if missed[i] else own[i] for i, f in enumerate(factors)
+    ]
+    return encode.measured(ready, loaded, module.layout, (), own, bases) if any(missed) else code
+
+
+def _alone(spec: Spec) -> Spec:
+    """Own factors: as the bundle's svd was asked for, or within the bound."""
+    if spec.method == "svd" and (spec.rank is not None or spec.energy is not None):
+        return spec
+    return Spec(method="svd", max_error=spec.max_error, dtype=spec.dtype, device=spec.device)
+
+
+def _spec(bundle: Bundle, max_error: float | None, device: str) -> Spec:
+    spec = Spec(**{**bundle.manifest.options, "device": device})
+    if spec.method == "svd" and max_error is None:
+        return spec
+    if max_error is None:
+        worst = max(a.error for a in bundle.manifest.adapters)
+        max_error = spec.max_error if spec.max_error is not None else min(worst, 0.99)
+    return replace(spec, max_error=max_error, energy=None)
+
+
+def _check(bundle: Bundle, inputs: Inputs, base: str | None) -> None:
+    """All that keeps adapters from joining: names, base, shapes."""
+    defects = []
+    known = {m.name: (m.out, m.in_) for m in bundle.manifest.modules}
+    taken = {name.casefold() for name in bundle.names}
+    for adapter in inputs.adapters:
+        if adapter.name.casefold() in taken:
+            remedy = "remove it first, or give the new one another name: NAME=PATH"
+            defects.append(
+                Defect(adapter.name, problem="the bundle has an adapter of this name", remedy=remedy)
+            )
+        for module, info in adapter.modules.items():
+            shape = info.out, info.in_
+            if known.get(module, shape) != shape:
+                problem = f"is {info.out}x{info.in_}, in the bundle {known[module][0]}x{known[module][1]}"
+                remedy = "another base model? it cannot join this bundle"
+                defects.append(Defect(adapter.name, module, problem=problem, remedy=remedy))
+                break
+    if base is None and inputs.base != bundle.manifest.base:
+        problem = f"base model is {inputs.base!r}, the bundle's is {bundle.manifest.base!r}"
+        remedy = f"if they are the same model, give --base {bundle.manifest.base}"
+        defects += [Defect(a.name, problem=problem, remedy=remedy) for a in inputs.adapters]
+    elif base is not None and base != bundle.manifest.base:
+        defects.append(
+            Defect("--base", problem=f"the bundle's base model is {bundle.manifest.base!r}, not {base!r}")
+        )
+    if defects:
+        raise InputError(defects)
+
+
+def _write(path: Path, adapter: Adapter, parts: Sequence[Tensor]) -> FileRecord:
+    """The adapter's file. One that is there but not in the manifest was left by an interrupted add: it is replaced."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    streams: dict[str, list[Tensor]] = defaultdict(list)
+    for part in parts:
+        streams[names[part.dtype]].append(part)
+    entries = [Entry(k, k, (sum(map(len, p)),), p) for k, p in streams.items()]
+    entries += [Entry(k, info.dtype, info.shape, [adapter.extra(k)]) for k, info in adapter.extras.items()]
+    target = adapter_path(path, adapter.name)
+    try:
+        target.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{target.parent} cannot be made: {error.strerror}") from error
+    record = write_safetensors(target, entries)
+    flush(target.parent)
+    return record
+
+
+def fallback_count(bundle: Bundle, names: Sequence[str]) -> int:
+    """Modules of these adapters that share nothing although the module has bases."""
+    chosen = set(names)
+    return sum(
+        form is not None and len(form) > 0 and bool(module.layout) and not shared_indices(form)
+        for record in bundle.manifest.adapters
+        if record.name in chosen
+        for module, form in zip(bundle.manifest.modules, record.forms, strict=True)
+    )

@@ -1,0 +1,260 @@
+"""Joint diagonalization of many adapters of one module (Compress-then-Serve, arXiv 2407.00066 §3).
+
+    JD-Full   min sum_i ||D_i - U S_i V^T||_F^2   U, V orthonormal, S_i = U^T D_i V full: Tucker-2 of the stacked tensor
+    JD-Diag   the same with S_i diagonal and U, V free: a canonical polyadic decomposition
+
+Weights are folded into the stack (`Stack.scaled`) before either fit. Where we differ from the paper's code: alternating
+exact updates instead of a fixed number of eigenvalue iterations, a start that does not depend on the gauge, stopping on
+the relative decrease of the loss, and a separate rank for each side where a module is narrower than the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorazip.compress.lowrank import Stack, norms2, orthonormal, triangle
+
+DENSE = 128  # below this size a full eigendecomposition is cheaper than a block Krylov step
+TOLERANCE = 1e-5  # stop when a round lowers the loss by less than this part of it
+ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The shared bases of one module (of one cluster): left (out, a), right (in, b)."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One side of a stack in the space where the iterations run.
+
+    With fewer rows than dimensions that space is the span of the rows (exact, and much smaller); else the module's own.
+    """
+
+    rows: Tensor  # (R, d) the stack's own rows
+    work: Tensor  # (R, d') the same rows in the frame: (R, R) float64 when reduced
+
+    @staticmethod
+    def of(rows: Tensor) -> Frame:
+        return Frame(rows, triangle(rows) if rows.shape[0] < rows.shape[1] else rows)
+
+    def lift(self, x: Tensor) -> Tensor:
+        """(d', k) -> (d, k): back to the module's space."""
+        if self.work is self.rows:
+            return x
+        solved = torch.linalg.solve_triangular(self.work.T, x, upper=True)
+        return (self.rows.T.double() @ solved).to(self.rows.dtype)
+
+    def lower(self, x: Tensor) -> Tensor:
+        """(d, k) -> (d', k): the part of x in the frame."""
+        if self.work is self.rows:
+            return x
+        return torch.linalg.solve_triangular(self.work, (self.rows @ x).double(), upper=False)
+
+
+def leading(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, float]:
+    """The k leading eigenvectors of a symmetric positive semidefinite operator on dimension d.
+
+    Exact where d is small or k is near d; else one Rayleigh-Ritz step in span[X, HX, H^2 X] from X = start, which never
+    lowers the captured trace, so the alternation around it still never raises its loss.
+
+    Args:
+        apply: X (d, m) -> H X.
+        start: (d, k) orthonormal.
+
+    Returns:
+        (d, k) orthonormal, descending, and the sum of the k eigenvalues.
+    """
+    d, k = start.shape
+    if d <= DENSE or 3 * k >= d:
+        basis = torch.eye(d, dtype=start.dtype, device=start.device)
+        small = apply(basis)
+    else:
+        once = apply(start)
+        basis = orthonormal(torch.cat([start, once, apply(once)], dim=1))
+        small = basis.T @ apply(basis)
+    values, vectors = torch.linalg.eigh((small + small.T).double() / 2)
+    top = vectors[:, -k:].flip(1).to(start.dtype)
+    return (top if len(small) == d else basis @ top), float(values[-k:].sum())
+
+
+def principal(rows: Tensor, columns: int) -> Tensor:
+    """The `columns` leading right singular vectors of rows (R, d), as (d, columns) orthonormal.
+
+    The Krylov path starts from random directions of the module's own space, seeded by its size: a start taken from the
+    rows would depend on the order of the adapters.
+    """
+    frame = Frame.of(rows)
+    work = frame.work
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    start = torch.randn(rows.shape[1], columns, generator=generator).to(rows)
+    x = orthonormal(frame.lower(start)) if columns <= work.shape[1] else work.new_zeros(work.shape[1], 0)
+    if x.shape[1] < columns:  # more directions asked for than there are rows: the span, then the random ones
+        x, _ = leading(
+            lambda y: work.T @ (work @ y), torch.eye(work.shape[1], dtype=work.dtype, device=work.device)
+        )
+        return orthonormal(torch.cat([frame.lift(x), start], dim=1))[:, :columns]
+    energy = 0.0
+    for _ in range(ROUNDS):
+        previous = energy
+        x, energy = leading(lambda y: work.T @ (work @ y), x)
+        if energy - previous <= 1e-4 * energy:
+            break
+    return orthonormal(frame.lift(x))
+
+
+def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
+    """Fit one shared orthonormal pair to all adapters of a module (JD-Full, arXiv 2407.00066 §3.1, alternating).
+
+    U <- the leading left singular vectors of [D_1 V ... D_n V], V <- those of [D_1^T U ...], until a round lowers the
+    loss by less than 1e-5 of it. The loss never rises. From the top singular vectors of [D_1 ... D_n] (Tucker's HOSVD)
+    unless a start is given.
+
+    Args:
+        stack: n weighted matrices in balanced form (`canonical`).
+        rank: columns of U and V; U has min(rank, out), V min(rank, in).
+        start: a pair of that size to continue from.
+    """
+    a, b = min(rank, stack.left.shape[1]), min(rank, stack.right.shape[1])
+    if start is None:
+        # Balanced rows have squared length s_j, so rows times their length are s_j u_j: the stacked D's own factor.
+        start = Pair(principal(_lengthened(stack.left), a), principal(_lengthened(stack.right), b))
+    left, right = Frame.of(stack.left), Frame.of(stack.right)
+    a, b = min(a, left.work.shape[1]), min(b, right.work.shape[1])
+    u, v = orthonormal(left.lower(start.left))[:, :a], orthonormal(right.lower(start.right))[:, :b]
+    total = float(norms2(stack).sum())
+    loss = total
+    for _ in range(ROUNDS):
+        previous = loss
+        u, _ = leading(_half(stack, left.work, right.work @ v), u)
+        v, captured = leading(_half(stack, right.work, left.work @ u), v)
+        loss = total - captured
+        if previous - loss <= TOLERANCE * max(loss, 1e-9 * total):
+            break
+    return Pair(orthonormal(left.lift(u)), orthonormal(right.lift(v)))
+
+
+def _lengthened(rows: Tensor) -> Tensor:
+    return rows * rows.norm(dim=1, keepdim=True)
+
+
+def _half(stack: Stack, rows: Tensor, fixed: Tensor) -> Callable[[Tensor], Tensor]:
+    """X -> H X with H = sum_i F_i^T F_i, F_i = fixed_i^T rows_i: (R, d') rows and (R, b) other side times its basis."""
+    blocks = stack.pad(fixed)
+
+    def apply(x: Tensor) -> Tensor:
+        own = blocks.to(x.dtype)
+        inner = own @ (own.mT @ stack.pad(rows.to(x.dtype) @ x))
+        return rows.T.to(x.dtype) @ stack.unpad(inner)
+
+    return apply
+
+
+def full_cores(stack: Stack, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Least-squares cores of every adapter for given bases, in factored form S_i = P_i Q_i^T.
+
+    The bases may be rounded or not orthonormal: P_i = U^+ left_i^T and Q_i = V^+ right_i^T minimise ||D_i - U S V^T||.
+
+    Returns:
+        P (n, a, r_max) and Q (n, b, r_max), float64.
+    """
+    left = stack.pad((stack.left @ pair.left).double()).mT
+    right = stack.pad((stack.right @ pair.right).double()).mT
+    return _gram_inverse(pair.left) @ left, _gram_inverse(pair.right) @ right
+
+
+def full_residuals(stack: Stack, pair: Pair, energies: Tensor) -> Tensor:
+    """||D_i - U S_i V^T||^2 with the least-squares S_i and orthonormal bases, (n,); energies are ||D_i||^2 (n,)."""
+    left = stack.pad(stack.left @ pair.left).double()  # (n, r, a)
+    right = stack.pad(stack.right @ pair.right).double()
+    captured = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+    return (energies - captured).clamp_min(0)
+
+
+def _gram_inverse(columns: Tensor) -> Tensor:
+    gram = columns.double().T @ columns.double()
+    return torch.linalg.pinv(gram, hermitian=True)
+
+
+def fit_diagonal(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
+    """Fit U (out, rank), V (in, rank) with diagonal cores (JD-Diag, arXiv 2407.00066 §3.2) by alternating least squares.
+
+    From a JD-Full fit, turned by the singular vectors of its mean core; where more columns are asked for than a module
+    has rows or columns, the strongest own components fill up, so that rank = sum of the ranks is lossless.
+    """
+    if start is None:
+        start = _diagonal_start(stack, min(rank, sum(stack.ranks)))
+    left, right = Frame.of(stack.left), Frame.of(stack.right)
+    u, v = left.lower(start.left).double(), right.lower(start.right).double()
+    lw, rw = left.work.double(), right.work.double()
+    total = float(norms2(stack).sum())
+    loss = total
+    for _ in range(ROUNDS):
+        previous = loss
+        sigma, loss = _diagonals(stack, lw @ u, rw @ v, u, v, total)
+        if previous - loss <= TOLERANCE * max(loss, 1e-9 * total):
+            break
+        rows = stack.repeat_rows(sigma)
+        moment = sigma.T @ sigma
+        u = _normal_solve(lw.T @ ((rw @ v) * rows), moment * (v.T @ v))
+        u = u / u.norm(dim=0).clamp_min(1e-30)
+        v = _normal_solve(rw.T @ ((lw @ u) * rows), moment * (u.T @ u))
+        v = v / v.norm(dim=0).clamp_min(1e-30)
+    return Pair(left.lift(u).to(stack.left.dtype), right.lift(v).to(stack.left.dtype))
+
+
+def diagonal_cores(stack: Stack, pair: Pair) -> Tensor:
+    """sigma_i = [(U^T U) o (V^T V)]^+ diag(U^T D_i V), (n, k) float64."""
+    sigma, _ = _diagonals(stack, stack.left @ pair.left, stack.right @ pair.right, pair.left, pair.right, 0.0)
+    return sigma
+
+
+def diagonal_residuals(stack: Stack, pair: Pair, energies: Tensor) -> Tensor:
+    """||D_i - U diag(sigma_i) V^T||^2 with the least-squares sigma_i, (n,)."""
+    moments = _moments(stack, stack.left @ pair.left, stack.right @ pair.right)
+    captured = (moments * diagonal_cores(stack, pair)).sum(1)
+    return (energies - captured).clamp_min(0)
+
+
+def _moments(stack: Stack, left: Tensor, right: Tensor) -> Tensor:
+    """diag(U^T D_i V) from left @ U and right @ V (R, k): (n, k)."""
+    return stack.pad(left.double() * right.double()).sum(1)
+
+
+def _diagonals(
+    stack: Stack, left: Tensor, right: Tensor, u: Tensor, v: Tensor, total: float
+) -> tuple[Tensor, float]:
+    moments = _moments(stack, left, right)
+    gram = (u.double().T @ u.double()) * (v.double().T @ v.double())
+    sigma = moments @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    return sigma, total - float((moments * sigma).sum())
+
+
+def _normal_solve(target: Tensor, gram: Tensor) -> Tensor:
+    """target @ gram^-1 with a ridge near rounding: columns of U may be dependent (METHODS.md §2)."""
+    size = gram.diagonal().mean().clamp_min(1e-300)
+    return torch.linalg.solve(gram + 1e-10 * size * torch.eye(len(gram)).to(gram), target.T).T
+
+
+def _diagonal_start(stack: Stack, rank: int) -> Pair:
+    both = min(rank, stack.left.shape[1], stack.right.shape[1])
+    pair = fit_full(stack, both)
+    p, q = full_cores(stack, pair)
+    x, _, yt = torch.linalg.svd((p @ q.mT).mean(0), full_matrices=False)
+    left = pair.left @ x.to(pair.left.dtype)
+    right = pair.right @ yt.T.to(pair.left.dtype)
+    missing = rank - left.shape[1]
+    if rank == sum(stack.ranks):
+        return Pair(stack.left.T, stack.right.T)  # every own component has its column: lossless
+    if missing > 0:
+        strongest = stack.left.norm(dim=1).argsort(descending=True, stable=True)[:missing]
+        left = torch.cat([left, stack.left[strongest].T], dim=1)
+        right = torch.cat([right, stack.right[strongest].T], dim=1)
+    return Pair(left, right)

@@ -1,0 +1,1 @@
+"""Evaluation of adapters and bundles (arrives with its own issue)."""

@@ -1,0 +1,54 @@
+"""The command line: one file a command, each a thin skin over one library call.
+
+Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 could not decide. Results go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lorazip import __version__
+from lorazip.cli.add import add
+from lorazip.cli.compress import compress
+from lorazip.cli.export import export
+from lorazip.cli.info import info
+from lorazip.cli.inspect import inspect
+from lorazip.cli.remove import remove
+from lorazip.cli.verify import verify
+from lorazip.errors import LorazipError, printable
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="lorazip")
+def group() -> None:
+    """Compress many LoRA adapters of one base model into one verified bundle, and get them back.
+
+    \b
+    Example:
+      lorazip compress adapters/ -o team.lorazip
+    """
+
+
+for command in (inspect, compress, info, verify, export, add, remove):
+    group.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors that a user is meant to read become one message and an exit code."""
+    try:
+        code = group.main(args=arguments, prog_name="lorazip", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except LorazipError as error:
+        for line in str(error).split("\n"):
+            click.echo(f"error: {printable(line)}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted (an unfinished compress can be continued with --resume)", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)  # whoever read our output left, as after SIGPIPE

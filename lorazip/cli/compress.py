@@ -1,0 +1,106 @@
+"""`lorazip compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lorazip import report, units
+from lorazip.cli import render
+from lorazip.codecs import CODECS
+from lorazip.compress import job
+from lorazip.compress.methods import NAMES
+from lorazip.compress.spec import Spec
+from lorazip.errors import UsageError
+
+
+@click.command(epilog="Example: lorazip compress adapters/ -o team.lorazip --max-error 0.05")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle directory to make.")
+@click.option(
+    "--method", type=click.Choice(NAMES), default="jd-full", show_default=True, help="How to compress."
+)
+@click.option("--rank", type=int, help="Columns of the shared bases (svd: rank of each adapter).")
+@click.option("--energy", type=float, help="Share of each D's energy to keep, e.g. 0.9; decides the rank.")
+@click.option(
+    "--max-error", type=float, help="Bound on every adapter's error; own factors where it is missed."
+)
+@click.option(
+    "--clusters", type=int, help="Bases a module. Default: the paper's rule (1 up to 100 adapters)."
+)
+@click.option("--weights", type=click.Choice(["unit", "trained"]), default="unit", show_default=True,
+              help="unit: all adapters count alike; trained: by their own norm.")  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(list(CODECS)), default="float16", show_default=True, help="Storage type."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--base", help="Base model of all adapters, where their configs disagree about its name.")
+@click.option("--skip-bad", is_flag=True, help="Leave adapters with defects out, and record them.")
+@click.option("--dry-run", is_flag=True, help="Compute all figures, write nothing.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--force", is_flag=True, help="Replace a bundle, discard an unfinished run.")
+@click.option(
+    "--report", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def compress(
+    paths: tuple[str, ...],
+    output: Path | None,
+    method: str,
+    rank: int | None,
+    energy: float | None,
+    max_error: float | None,
+    clusters: int | None,
+    weights: str,
+    dtype: str,
+    device: str,
+    base: str | None,
+    skip_bad: bool,
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    page: Path | None,
+    as_json: bool,
+) -> None:
+    """Compress LoRA adapters of one base model into one bundle.
+
+    PATH is a PEFT directory, a directory of them (at any depth), a glob, @list.txt, a Hub id (org/name[@revision]), or
+    NAME=PATH to choose a name. Without --rank, --energy and --max-error the paper's rule decides: up to 100 adapters one
+    basis of n/2 + 7 columns, above that 16 columns and as many clusters as needed.
+    """
+    if output is None and not dry_run:
+        raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")
+    spec = Spec(method, rank, energy, max_error, clusters, weights, dtype, device)  # type: ignore[arg-type]
+    with render.progress() as progress:
+        outcome = job.run(
+            paths,
+            spec,
+            None if dry_run else output,
+            base=base,
+            skip_bad=skip_bad,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    if page is not None:
+        report.write(page, outcome)
+    figures = outcome.summary()
+    if as_json:
+        render.as_json(figures)
+        return
+    for defect in outcome.inputs.skipped:
+        click.echo(f"skipped: {defect}", err=True)
+    adapters, modules = len(outcome.inputs.adapters), len(outcome.modules)
+    click.echo(
+        f"{units.counted(adapters, 'adapter')}, {units.counted(modules, 'module')}: "
+        f"{units.size(outcome.original_bytes)} -> {units.size(outcome.bundle_bytes)}, "
+        f"{figures['ratio']:.2f}x, every byte counted"
+    )
+    click.echo(
+        f"error: mean {figures['mean_error']:.4f}, worst {figures['max_error']:.4f}; "
+        f"{units.counted(int(outcome.fallbacks.sum()), 'fallback')}; "
+        f"{figures['seconds']:.1f} s, {units.size(outcome.peak_memory)} of memory"
+    )
+    if outcome.bundle is not None:
+        click.echo(f"written: {outcome.bundle.path}")

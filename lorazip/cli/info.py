@@ -1,0 +1,62 @@
+"""`lorazip info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lorazip import units
+from lorazip.bundle import Bundle
+from lorazip.cli import render
+
+
+@click.command(epilog="Example: lorazip info team.lorazip")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def info(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds: its adapters, their errors and bytes."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    figures = {
+        "base": manifest.base,
+        "revision": manifest.revision,
+        "fingerprint": manifest.fingerprint,
+        "options": dict(manifest.options),
+        "adapters": len(manifest.adapters),
+        "modules": len(manifest.modules),
+        "original_bytes": opened.original_bytes,
+        "bundle_bytes": opened.nbytes,
+        "ratio": opened.original_bytes / opened.nbytes,
+        "shared_bytes": sum(f.nbytes for n, f in manifest.files.items() if n.endswith(".safetensors")),
+        "skipped": list(manifest.skipped),
+    }
+    rows = [
+        {
+            "name": a.name,
+            "error": a.error,
+            "original_bytes": a.original_bytes,
+            "bytes": a.file.nbytes,
+            "modules": sum(form is not None for form in a.forms),
+        }
+        for a in manifest.adapters
+    ]
+    if as_json:
+        render.as_json({**figures, "per_adapter": rows})
+        return
+    revision = f" at {manifest.revision}" if manifest.revision else ""
+    click.echo(f"{bundle}: {units.counted(len(rows), 'adapter')} of {manifest.base}{revision}")
+    options = ", ".join(f"{key} {value}" for key, value in manifest.options.items() if value is not None)
+    click.echo(f"{options}; {units.counted(len(manifest.modules), 'module')}")
+    click.echo(
+        f"{units.size(opened.original_bytes)} -> {units.size(opened.nbytes)} "
+        f"({figures['ratio']:.2f}x), of it shared {units.size(int(str(figures['shared_bytes'])))}"
+    )
+    for line in manifest.skipped:
+        click.echo(f"skipped when it was made: {line}")
+    table = [
+        [str(r["name"]), f"{r['error']:.4f}", str(r["modules"]), units.size(int(str(r["original_bytes"]))),
+         units.size(int(str(r["bytes"])))]
+        for r in rows
+    ]  # fmt: skip
+    render.table("", ["adapter", "error", "modules", "original", "own file"], table, numbers=4)

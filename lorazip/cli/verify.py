@@ -1,0 +1,63 @@
+"""`lorazip verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from lorazip import units
+from lorazip.bundle import Bundle
+from lorazip.cli import render
+from lorazip.compress import check
+from lorazip.compress.spec import Spec
+from lorazip.errors import BundleError
+from lorazip.sources import open_adapters
+
+
+@click.command(epilog="Example: lorazip verify team.lorazip --against adapters/")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", multiple=True, metavar="PATH", help="Originals to compare with; may be repeated.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def verify(bundle: Path, against: tuple[str, ...], device: str, as_json: bool) -> None:
+    """Check every byte of a bundle; with the originals, measure every adapter's error again.
+
+    Exit code 0: all is as recorded. 1: something is not.
+    """
+    opened = Bundle.open(bundle)
+    problems = opened.verify()
+    compared: list[check.Comparison] = []
+    if against and not problems:
+        with render.progress() as progress:
+            inputs = open_adapters(list(against), base=opened.manifest.base)
+            compared = check.compare(opened, inputs.adapters, Spec(device=device).torch_device(), progress)
+    found = {"bundle": {p.file: p.problem for p in problems}, "strays": opened.strays()}
+    bad = [c for c in compared if c.problems]
+    if as_json:
+        rows = [
+            {"name": c.name, "recorded": c.recorded, "measured": c.measured, "problems": list(c.problems)}
+            for c in compared
+        ]
+        render.as_json({"ok": not (problems or bad), **found, "adapters": rows})
+        sys.exit(1 if problems or bad else 0)
+    for stray in opened.strays():
+        click.echo(
+            f"note: {stray} is not part of the bundle (left by an interrupted command? it may be deleted)"
+        )
+    if problems:
+        raise BundleError("\n".join(f"{bundle}: {p.file}: {p.problem}" for p in problems))
+    if against:
+        rows_ = [
+            [c.name, _figure(c.recorded), _figure(c.measured), "; ".join(c.problems) or "ok"]
+            for c in compared
+        ]
+        render.table("", ["adapter", "recorded error", "measured error", "verdict"], rows_)
+    if bad:
+        raise BundleError(f"{bundle}: {units.counted(len(bad), 'adapter')} not as recorded")
+    click.echo(f"{bundle}: ok, {units.counted(len(opened.names), 'adapter')}, {opened.nbytes} bytes checked")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"

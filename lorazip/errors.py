@@ -1,0 +1,80 @@
+"""Every way lorazip can refuse, one class a kind, each with the exit code of the command that met it.
+
+Exit codes (docs: README): 0 ok, 1 a check failed, 2 usage or bad input, 3 could not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Defect:
+    """One thing that is wrong with one input, and the way out.
+
+    Attributes:
+        adapter: name of the adapter (or the path as given, when it has no name yet).
+        module: dotted module name in the base model, or "" when the defect is not about one module.
+        tensor: tensor key in the file, or "".
+        problem: what is wrong, one sentence without a full stop.
+        remedy: what the user can do about it, or "".
+    """
+
+    adapter: str
+    module: str = ""
+    tensor: str = ""
+    problem: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        where = ": ".join(printable(part) for part in (self.adapter, self.module, self.tensor) if part)
+        remedy = f" ({printable(self.remedy)})" if self.remedy else ""
+        return f"{where}: {printable(self.problem)}{remedy}"
+
+
+def printable(text: str) -> str:
+    """Names come from untrusted files: escape control characters so that they cannot rewrite a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class LorazipError(Exception):
+    """Base of every error that a user is meant to read; `exit_code` is what the command returns."""
+
+    exit_code = 2
+
+
+class UsageError(LorazipError):
+    """The options contradict each other or are out of range."""
+
+
+class InputError(LorazipError):
+    """One or more adapters cannot be used; `defects` lists all of them."""
+
+    def __init__(self, defects: Sequence[Defect]):
+        self.defects = tuple(sorted(defects))
+        super().__init__("\n".join(str(defect) for defect in self.defects))
+
+
+class RankError(LorazipError):
+    """A rank is outside its range for this module."""
+
+
+class CodecError(LorazipError):
+    """A tensor cannot be stored with the chosen codec (float16 overflow, say)."""
+
+
+class TargetError(LorazipError):
+    """The output exists already, cannot be written, or is being written by another process."""
+
+
+class BundleError(LorazipError):
+    """A bundle is damaged, truncated, of another version, or not a bundle."""
+
+    exit_code = 1
+
+
+class UndecidedError(LorazipError):
+    """The data do not determine an answer (a target energy that no rank reaches on held-out adapters)."""
+
+    exit_code = 3

@@ -1,0 +1,98 @@
+"""Adapters out of a bundle: PEFT directories with the same effect, scale 1; and upload to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorazip import peft_format
+from lorazip.bundle import Bundle
+from lorazip.card import adapter_card
+from lorazip.codecs import CODECS
+from lorazip.errors import TargetError, UsageError
+from lorazip.files import write_bytes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported adapter: its directory and the largest rank among its modules."""
+
+    name: str
+    directory: Path
+    rank: int
+
+
+def export(
+    bundle: Bundle,
+    names: Sequence[str],
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Exported]:
+    """Write DIRECTORY/NAME as PEFT directories; the bytes that are read are checked first.
+
+    Args:
+        bundle: where from.
+        names: which; empty for all.
+        directory: made if needed; DIRECTORY/NAME must not have content.
+        dtype: of the written factors. float32 has the bundle's effect exactly; the others round it once more.
+    Raises:
+        BundleError: no such adapter, or damaged data.
+        TargetError: a target exists or cannot be written.
+    """
+    if dtype not in CODECS:
+        raise UsageError(f"dtype must be one of {', '.join(CODECS)}, not {dtype!r}")
+    names = list(dict.fromkeys(names)) or bundle.names
+    bundle.require(names)
+    for name in names:
+        if (directory / name).exists() and (
+            not (directory / name).is_dir() or any((directory / name).iterdir())
+        ):
+            raise TargetError(f"{directory / name} exists (choose another directory)")
+    kind: torch.dtype = getattr(torch, dtype)
+    done: list[Exported] = []
+    for name in names:
+        adapter = bundle.adapter(name)
+        factors = {}
+        for module in adapter.modules:
+            factor = adapter.low_rank(module)
+            factors[module] = factor.B.to(kind), factor.A.to(kind)
+        rank = max((a.shape[0] for _, a in factors.values()), default=0)
+        extras = {key: adapter.extra(key) for key in adapter.extras}
+        peft_format.save(directory / name, adapter.config, factors, extras)
+        done.append(Exported(name, directory / name, rank))
+        progress("exporting", len(done), len(names))
+    return done
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload a folder as a model repository. Returns its address.
+
+    Raises:
+        TargetError: the Hub refused, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repo, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, repo_type="model", commit_message="Upload by lorazip"
+        )
+        return str(address)
+    except (OSError, HFValidationError) as error:  # every error of the Hub's client is an OSError
+        raise TargetError(
+            f"{repo}: the Hub did not take it: {error} (huggingface-cli login; is it online?)"
+        ) from error
+
+
+def write_card(folder: Path, bundle: Bundle, names: Sequence[str]) -> None:
+    """A model card beside exported adapters, for `push`."""
+    records = {a.name: a for a in bundle.manifest.adapters}
+    errors = {name: records[name].error for name in names}
+    write_bytes(folder / "README.md", adapter_card(bundle.manifest.base, errors).encode())

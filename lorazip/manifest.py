@@ -1,0 +1,356 @@
+"""bundle.json: what a bundle holds and how its files are laid out (specified in docs/FORMAT.md).
+
+The file starts with one line `{"digest":"<sha256 of all bytes after this line>",`, so any language can check it without
+a canonical form of JSON. Lists of small numbers (a module's layout, an adapter's forms) are stored in runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorazip.codecs import CODECS
+from lorazip.errors import BundleError
+from lorazip.header import FormatError, parse_json
+from lorazip.names import problem_with, twins
+from lorazip.terms import Core, Form, Layout, Own, Shared, Term
+
+FORMAT = "lorazip-bundle"
+VERSION = 1
+ABSENT = -1  # in place of a form: the adapter does not have this module
+MAX_MANIFEST = 256 * 2**20
+_FIRST_LINE = re.compile(rb'\{"digest":"([0-9a-f]{64})",\n')
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and sha256 (hex) of one file of the bundle."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module: its dotted name in the base model, its shape, and its shared tensors."""
+
+    name: str
+    out: int
+    in_: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter of the bundle.
+
+    Attributes:
+        name: unique, safe as a file name.
+        config: the original adapter_config.json.
+        forms: one a module of the manifest, None where the adapter does not have the module.
+        error: measured ||D^ - D||^2 / ||D||^2 over all its modules.
+        original_bytes: of its weights and config file when it was compressed.
+        file: its file adapters/NAME.safetensors.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    forms: tuple[Form | None, ...]
+    error: float
+    original_bytes: int
+    file: FileRecord
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything bundle.json says.
+
+    Attributes:
+        base: base model, Hub id or as the adapters name it.
+        revision: its revision or None.
+        fingerprint: sha256 of the lines "module out in": the shapes that a base must have.
+        options: the resolved options of the compression.
+        modules: in the order of the files' layout.
+        adapters: sorted by name.
+        files: every other file: shared.safetensors, README.md.
+        skipped: what --skip-bad left out, one line each.
+    """
+
+    base: str
+    revision: str | None
+    fingerprint: str
+    options: Mapping[str, Any]
+    modules: tuple[Module, ...]
+    adapters: tuple[AdapterRecord, ...]
+    files: Mapping[str, FileRecord]
+    skipped: tuple[str, ...] = field(default=())
+
+
+def dumps(manifest: Manifest) -> bytes:
+    """The bytes of bundle.json: one line a module, a form, an adapter; the same manifest gives the same bytes."""
+    layouts = list(dict.fromkeys(m.layout for m in manifest.modules))
+    forms = list(dict.fromkeys(f for a in manifest.adapters for f in a.forms if f is not None))
+    place = {form: i for i, form in enumerate(forms)}
+    common = _common([a.config for a in manifest.adapters])
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": {"name": manifest.base, "revision": manifest.revision, "fingerprint": manifest.fingerprint},
+        "options": dict(manifest.options),
+        "config": common,
+        "layouts": [[[s.side, s.columns, s.codec] for s in layout] for layout in layouts],
+        "forms": [[pack_term(t) for t in form] for form in forms],
+        "modules": [[m.name, m.out, m.in_] for m in manifest.modules],
+        "module_layouts": _runs([layouts.index(m.layout) for m in manifest.modules]),
+        "adapters": [
+            {
+                "name": a.name,
+                **_difference(a.config, common),
+                "forms": _runs([ABSENT if f is None else place[f] for f in a.forms]),
+                "error": a.error,
+                "original_bytes": a.original_bytes,
+                "bytes": a.file.nbytes,
+                "sha256": a.file.sha256,
+            }
+            for a in manifest.adapters
+        ],
+        "files": {name: [f.nbytes, f.sha256] for name, f in sorted(manifest.files.items())},
+        "skipped": list(manifest.skipped),
+    }
+    lines = [f"{_json(key)}:{_block(value)}" for key, value in body.items()]
+    rest = (",\n".join(lines) + "}\n").encode()
+    return b'{"digest":"' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _block(value: object) -> str:
+    """Lists of items one a line; all else on one line."""
+    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+        return "[\n" + ",\n".join(_json(item) for item in value) + "]"
+    return _json(value)
+
+
+def pack_term(term: Term) -> list[object]:
+    """A term as JSON: [left, core, right]; an outer factor is a shared index or [columns, codec]."""
+
+    def side(factor: int | Own) -> object:
+        return factor if isinstance(factor, int) else [factor.columns, factor.codec]
+
+    core: list[object] = [term.core.kind]
+    match term.core.kind:
+        case "scalar":
+            core.append(term.core.value)
+        case "factored":
+            core += [term.core.codec, term.core.rank]
+        case _:
+            core.append(term.core.codec)
+    return [side(term.left), core, side(term.right)]
+
+
+def _runs(values: Iterable[int]) -> list[int | list[int]]:
+    """[3, 0, 0, 0, 1] -> [3, [0, 3], 1]: a run of equal values as [value, count]."""
+    packed: list[list[int]] = []
+    for value in values:
+        if packed and packed[-1][0] == value:
+            packed[-1][1] += 1
+        else:
+            packed.append([value, 1])
+    return [run[0] if run[1] == 1 else run for run in packed]
+
+
+def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For every key that most configs have, its most frequent value (the first of these by text)."""
+    common: dict[str, Any] = {}
+    for key in sorted({key for config in configs for key in config}):
+        texts = sorted(_json(config[key]) for config in configs if key in config)
+        if 2 * len(texts) > len(configs):
+            common[key] = json.loads(max(texts, key=texts.count))
+    return common
+
+
+def _difference(config: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {k: v for k, v in config.items() if k not in common or _json(common[k]) != _json(v)}
+    removed = sorted(k for k in common if k not in config)
+    result: dict[str, Any] = {"config": changed} if changed else {}
+    return {**result, "config_removed": removed} if removed else result
+
+
+def loads(data: bytes) -> Manifest:
+    """Read and check bundle.json.
+
+    Raises:
+        BundleError: damaged, of another version, or inconsistent.
+    """
+    first = _FIRST_LINE.match(data)
+    if first is None:
+        raise BundleError("bundle.json does not start with its digest: not a lorazip bundle, or damaged")
+    rest = data[first.end() :]
+    if hashlib.sha256(rest).hexdigest().encode() != first.group(1):
+        raise BundleError(
+            "bundle.json does not match its own digest: it was changed or damaged (copy the bundle again)"
+        )
+    try:
+        body = parse_json(b"{" + rest)
+        return _manifest(body)
+    except FormatError as error:
+        raise BundleError(f"bundle.json: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise BundleError(f"bundle.json is not a manifest of version {VERSION}: {error!r}") from error
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    if body["format"] != FORMAT:
+        raise BundleError(f"bundle.json: format {body['format']!r} is not {FORMAT!r}")
+    if body["version"] != VERSION:
+        raise BundleError(
+            f"bundle.json has version {body['version']!r}; this lorazip reads {VERSION} (upgrade it)"
+        )
+    layouts = [tuple(unpack_shared(item) for item in layout) for layout in body["layouts"]]
+    forms = [tuple(unpack_term(term) for term in form) for form in body["forms"]]
+    indices = _unrun(body["module_layouts"], len(body["modules"]), len(layouts), "module_layouts")
+    modules = tuple(
+        Module(_text(name), _count(out), _count(in_), layouts[i])
+        for (name, out, in_), i in zip(body["modules"], indices, strict=True)
+    )
+    _unique([m.name for m in modules], "module")
+    adapters = tuple(_adapter(item, modules, forms, body["config"]) for item in body["adapters"])
+    _unique([a.name for a in adapters], "adapter")
+    for names in twins([a.name for a in adapters]).values():
+        raise BundleError(f"bundle.json: adapters {', '.join(names)} differ in case only")
+    base = body["base"]
+    return Manifest(
+        base=_text(base["name"]),
+        revision=None if base["revision"] is None else _text(base["revision"]),
+        fingerprint=_hex(base["fingerprint"]),
+        options=dict(body["options"]),
+        modules=modules,
+        adapters=adapters,
+        files={_plain_name(k): FileRecord(_count(n), _hex(h)) for k, (n, h) in body["files"].items()},
+        skipped=tuple(_text(line) for line in body["skipped"]),
+    )
+
+
+def _adapter(
+    item: dict[str, Any], modules: Sequence[Module], forms: Sequence[Form], common: Mapping[str, Any]
+) -> AdapterRecord:
+    name = _text(item["name"])
+    problem = problem_with(name)
+    if problem:
+        raise BundleError(f"bundle.json: adapter name {name!r} {problem}")
+    indices = _unrun(item["forms"], len(modules), len(forms), f"forms of {name}", least=ABSENT)
+    own = tuple(None if i == ABSENT else forms[i] for i in indices)
+    for module, form in zip(modules, own, strict=True):
+        _check_form(name, module, form)
+    removed = set(item.get("config_removed", []))
+    config = {k: v for k, v in common.items() if k not in removed} | dict(item.get("config", {}))
+    error = item["error"]
+    if not isinstance(error, int | float) or not error >= 0:
+        raise ValueError(f"error of {name} is {error!r}")
+    record = FileRecord(_count(item["bytes"]), _hex(item["sha256"]))
+    return AdapterRecord(name, config, own, float(error), _count(item["original_bytes"]), record)
+
+
+def _check_form(name: str, module: Module, form: Form | None) -> None:
+    """Shared tensors exist and are of the right side; the core fits between them."""
+    for term in form or ():
+        ends = []
+        for factor, side in ((term.left, "left"), (term.right, "right")):
+            if isinstance(factor, Own):
+                ends.append(factor.columns)
+                continue
+            if not 0 <= factor < len(module.layout) or module.layout[factor].side != side:
+                raise BundleError(f"bundle.json: {name}: {module.name}: no shared {side} tensor {factor}")
+            ends.append(module.layout[factor].columns)
+        if term.core.kind in ("diagonal", "scalar") and ends[0] != ends[1]:
+            raise BundleError(f"bundle.json: {name}: {module.name}: {ends[0]} columns meet {ends[1]}")
+
+
+def unpack_term(item: Any) -> Term:
+    """The inverse of `pack_term`. Raises ValueError or TypeError for anything else."""
+
+    def side(value: Any) -> int | Own:
+        if type(value) is int:
+            return value
+        columns, codec = value
+        return Own(_count(columns, 1), _codec(codec))
+
+    left, core, right = item
+    match core:
+        case ["scalar", int() | float() as value] if not isinstance(value, bool):
+            parsed = Core("scalar", value=float(value))
+        case ["factored", codec, rank]:
+            parsed = Core("factored", _codec(codec), _count(rank, 1))
+        case ["full" | "diagonal" as kind, codec]:
+            parsed = Core(kind, _codec(codec))
+        case _:
+            raise ValueError(f"core {core!r}")
+    return Term(side(left), parsed, side(right))
+
+
+def unpack_shared(item: Any) -> Shared:
+    """A shared tensor from its JSON [side, columns, codec]."""
+    side, columns, codec = item
+    if side not in ("left", "right"):
+        raise ValueError(f"side {side!r}")
+    return Shared(side, _count(columns, 1), _codec(codec))
+
+
+def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> list[int]:
+    values: list[int] = []
+    for item in packed:
+        value, count = (item, 1) if type(item) is int else item
+        if (
+            type(value) is not int
+            or not least <= value < below
+            or type(count) is not int
+            or not 0 < count <= length
+        ):
+            raise ValueError(f"{what}: {item!r}")
+        values += [value] * count
+    if len(values) != length:
+        raise ValueError(f"{what} has {len(values)} entries for {length} modules")
+    return values
+
+
+def _codec(name: Any) -> str:
+    if name not in CODECS:
+        raise BundleError(f"bundle.json: codec {name!r} is not known to this version of lorazip (upgrade it)")
+    return str(name)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _hex(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{value!r} is not a sha256")
+    return value
+
+
+def _plain_name(name: str) -> str:
+    """Files of the bundle itself lie at its top level; a path from a manifest is never followed."""
+    problem = problem_with(name)
+    if problem or name == "bundle.json":
+        raise ValueError(f"file name {name!r}")
+    return name
+
+
+def _unique(names: Sequence[str], what: str) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"the same {what} twice")

@@ -1,0 +1,98 @@
+"""The report of a compression: one HTML page that needs nothing but itself.
+
+The page has no scripts, and its content security policy forbids them and every request: names come from strangers'
+files. They are escaped by jinja2, and by matplotlib in pictures.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from lorazip import __version__, findings, units
+from lorazip.compress.groups import shared_init_groups
+from lorazip.compress.job import Outcome
+from lorazip.errors import printable
+from lorazip.files import write_bytes
+
+LISTED = 100  # rows of the lists that can be as long as the input; how many are left out is said
+
+
+def write(path: Path, outcome: Outcome) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        TargetError: the file cannot be written.
+        InputError: see `render`.
+    """
+    write_bytes(path, render(outcome).encode())
+
+
+def render(outcome: Outcome) -> str:
+    """The page. The same outcome gives the same text.
+
+    Raises:
+        InputError: an adapter changed since it was compressed (its A is read again, to find the shared-init groups).
+    """
+    from lorazip import pictures  # imports matplotlib, which takes a second
+
+    groups = shared_init_groups(outcome.inputs.adapters)
+    names = {adapter.name for adapter in outcome.inputs.adapters}
+    shared = {name for group in groups for name in group}
+    rows = findings.adapter_rows(outcome, groups)
+    kinds = findings.kinds(outcome)
+    drawn = sorted(kinds, key=lambda kind: -len(kind.columns))[: pictures.LINES]
+    place = {adapter.name: i for i, adapter in enumerate(outcome.inputs.adapters)}
+    cells = outcome.errors[[place[row.name] for row in rows]][:, [c for kind in kinds for c in kind.columns]]
+    return _template().render(
+        version=__version__,
+        base=printable(outcome.inputs.base),
+        revision=printable(outcome.inputs.revision or ""),
+        summary=outcome.summary(),
+        dry_run=outcome.bundle is None,
+        bytes=findings.byte_rows(outcome),
+        rows=rows,
+        bars=pictures.bars(
+            [row.error for row in rows], [row.group is not None for row in rows], outcome.spec.max_error
+        ),
+        heat_map=pictures.heat_map(
+            cells, [row.name for row in rows], [(kind.name, len(kind.columns)) for kind in kinds]
+        ),
+        spectra=pictures.spectra(
+            [pictures.Curve(k.name, k.mean, k.low, k.high) for k in kinds if k in drawn]
+        ),
+        kinds=kinds,
+        drawn=len(drawn),
+        groups=[(group, findings.mean_error(outcome, group)) for group in groups],
+        shared_error=findings.mean_error(outcome, shared),
+        own_error=findings.mean_error(outcome, names - shared),
+        own_count=len(names - shared),
+        fallbacks=findings.fallback_rows(outcome, kinds),
+        skipped=outcome.inputs.skipped,
+        carried=findings.carried(outcome),
+        listed=LISTED,
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lorazip"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "size": units.size,
+        "figure": units.figure,
+        "times": units.times,
+        "duration": units.duration,
+        "counted": units.counted,
+        "printable": printable,
+        "shape": findings.shape_text,
+        "last_part": lambda path: Path(path).name,
+    }
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,176 @@
+"""The one form of everything stored, and its only decoder.
+
+    D_i = sum_t L_t C_t R_t^T
+
+per adapter i and module. L (out, a) and R (in, b) are shared by several adapters or the adapter's own; C (a, b) is
+full, diagonal, a product of two thin factors, or a number (1 for the identity). Every method of compression only encodes
+into this form; reading a bundle needs this file and nothing of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorazip.codecs import Part, codec
+
+Side = Literal["left", "right"]
+CoreKind = Literal["full", "diagonal", "factored", "scalar"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor of a module that several adapters refer to by its index: (out, columns) or (in, columns)."""
+
+    side: Side
+    columns: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Own:
+    """An outer factor that belongs to one adapter: (out, columns) or (in, columns)."""
+
+    columns: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Core:
+    """C (a, b): full (a, b); diagonal (a,); factored P (a, rank) times Q (b, rank)^T; scalar value times identity."""
+
+    kind: CoreKind
+    codec: str = ""
+    rank: int = 0
+    value: float = 1.0
+
+
+@dataclass(frozen=True)
+class Term:
+    """L C R^T; an int is an index into the module's shared tensors."""
+
+    left: int | Own
+    core: Core
+    right: int | Own
+
+
+Form = tuple[Term, ...]  # () is D = 0
+Layout = tuple[Shared, ...]  # the shared tensors of one module
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One stored tensor: its shape as stored and its codec. Outer factors are stored transposed, one column a row."""
+
+    shape: tuple[int, ...]
+    codec: str
+
+    def parts(self) -> tuple[Part, ...]:
+        return codec(self.codec).parts(self.shape)
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        return codec(self.codec).decode(parts, self.shape)
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        assert tuple(tensor.shape) == self.shape, (tuple(tensor.shape), self.shape)
+        return codec(self.codec).encode(tensor)
+
+
+def shared_slots(layout: Layout, out: int, in_: int) -> list[Slot]:
+    """The stored tensors behind a module's layout, in file order."""
+    return [Slot((s.columns, out if s.side == "left" else in_), s.codec) for s in layout]
+
+
+def own_slots(form: Form, layout: Layout, out: int, in_: int) -> list[Slot]:
+    """The adapter's own stored tensors of one module, in file order: term by term, left, core, right."""
+    return [slot for term in form for slot in _term_slots(term, layout, out, in_)]
+
+
+def _term_slots(term: Term, layout: Layout, out: int, in_: int) -> Iterator[Slot]:
+    a, b = columns(term, layout)
+    if isinstance(term.left, Own):
+        yield Slot((a, out), term.left.codec)
+    match term.core.kind:
+        case "full":
+            yield Slot((a, b), term.core.codec)
+        case "diagonal":
+            yield Slot((a,), term.core.codec)
+        case "factored":
+            yield Slot((term.core.rank, a), term.core.codec)
+            yield Slot((term.core.rank, b), term.core.codec)
+        case "scalar":
+            yield from ()
+    if isinstance(term.right, Own):
+        yield Slot((b, in_), term.right.codec)
+
+
+def columns(term: Term, layout: Layout) -> tuple[int, int]:
+    """Columns a of L and b of R."""
+    left = term.left.columns if isinstance(term.left, Own) else layout[term.left].columns
+    right = term.right.columns if isinstance(term.right, Own) else layout[term.right].columns
+    return left, right
+
+
+def rank(form: Form, layout: Layout) -> int:
+    """Columns of the product factors that `decode` returns."""
+    return sum(
+        term.core.rank if term.core.kind == "factored" else min(columns(term, layout)) for term in form
+    )
+
+
+def shared_indices(form: Form) -> list[int]:
+    """The module's shared tensors that a form refers to, sorted."""
+    return sorted({side for term in form for side in (term.left, term.right) if isinstance(side, int)})
+
+
+def renumbered(form: Form, place: Mapping[int, int]) -> Form:
+    """The form with its shared indices renumbered."""
+    return tuple(
+        Term(
+            place[t.left] if isinstance(t.left, int) else t.left,
+            t.core,
+            place[t.right] if isinstance(t.right, int) else t.right,
+        )
+        for t in form
+    )
+
+
+def decode(
+    form: Form, shared: Mapping[int, Tensor], own: Sequence[Tensor], out: int, in_: int
+) -> tuple[Tensor, Tensor]:
+    """Product factors of one adapter's module: D = B A.
+
+    Args:
+        form: the adapter's terms for this module.
+        shared: the module's decoded shared tensors by index (those that the form refers to), as stored:
+            (columns, out) or (columns, in), float32.
+        own: the adapter's decoded own tensors in the order of `own_slots`, float32.
+
+    Returns:
+        B (out, r) and A (r, in), float32, r = `rank(form, layout)`; r = 0 for the empty form.
+    """
+    tensors = iter(own)
+    lefts, rights = [torch.zeros(0, out)], [torch.zeros(0, in_)]
+    for term in form:
+        left = next(tensors) if isinstance(term.left, Own) else shared[term.left]  # (a, out)
+        core = [next(tensors) for _ in range({"factored": 2, "scalar": 0}.get(term.core.kind, 1))]
+        right = next(tensors) if isinstance(term.right, Own) else shared[term.right]  # (b, in)
+        match term.core.kind:
+            case "full" if core[0].shape[0] <= core[0].shape[1]:
+                right = core[0] @ right
+            case "full":
+                left = core[0].T @ left
+            case "diagonal":
+                right = core[0][:, None] * right
+            case "factored":
+                left, right = core[0] @ left, core[1] @ right
+            case "scalar":
+                left = left * term.core.value
+        lefts.append(left)
+        rights.append(right)
+    device = lefts[-1].device
+    return torch.cat([x.to(device) for x in lefts]).T, torch.cat([x.to(device) for x in rights])

@@ -1,0 +1,40 @@
+"""Numbers as people read them: bytes, errors, times, counts."""
+
+from __future__ import annotations
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, three digits: 999 B, 2.47 MB, 9.4 GB."""
+    value, unit = float(nbytes), 0
+    while value >= 999.5 and unit < 4:
+        value, unit = value / 1000, unit + 1
+    return f"{nbytes} B" if unit == 0 else f"{_three(value)} {'kMGT'[unit - 1]}B"
+
+
+def figure(value: float) -> str:
+    """An error with three significant digits: 0, 0.163, 1.2e-07."""
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if value < 1e-4 else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+
+
+def times(value: float) -> str:
+    """How many times smaller: 6.38×, 24.1×, 130×."""
+    return f"{_three(value)}×"
+
+
+def duration(seconds: float) -> str:
+    """Wall time: 4.8 s, 12 min 5 s, 1 h 3 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: 1 adapter, 1,200 adapters."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _three(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""Transfer of adapters to a new base model (arrives with its own issue)."""
