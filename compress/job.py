@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
 
 PARTIAL = ".partial"
+WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -45,7 +47,6 @@ class Outcome:
         modules: their names, the columns above.
         bundle_bytes: every byte of the bundle, whether written or not.
         seconds: wall time of the whole run.
-        math_seconds: of it, inside the modules' computations and reads.
         peak_memory: bytes of anonymous memory.
     """
 
@@ -59,7 +60,6 @@ class Outcome:
     modules: tuple[str, ...]
     bundle_bytes: int
     seconds: float
-    math_seconds: float
     peak_memory: int
 
     @property
@@ -79,7 +79,6 @@ class Outcome:
             "max_error": float(self.adapter_errors.max()),
             "fallbacks": int(self.fallbacks.sum()),
             "seconds": self.seconds,
-            "math_seconds": self.math_seconds,
             "peak_memory_bytes": self.peak_memory,
             "skipped": [str(defect) for defect in self.inputs.skipped],
             "options": self.spec.recorded(),
@@ -142,12 +141,12 @@ def run(
             raise UsageError("no adapter has a low-rank module to compress")
         spec = resolve(inputs, spec)
         if output is None:
-            finished, spent = _encode_all(inputs, spec, None, progress)
+            finished = _encode_all(inputs, spec, None, progress)
             bundle, size = None, assemble(inputs, spec, finished, SizeSink(), progress)
         else:
-            bundle, finished, spent = _write(inputs, spec, output, resume, force, progress)
+            bundle, finished = _write(inputs, spec, output, resume, force, progress)
             size = bundle.nbytes
-    return _outcome(inputs, spec, finished, bundle, size, time.perf_counter() - started, spent, memory.peak)
+    return _outcome(inputs, spec, finished, bundle, size, time.perf_counter() - started, memory.peak)
 
 
 def resolve(inputs: Inputs, spec: Spec) -> Spec:
@@ -176,41 +175,55 @@ def resolve(inputs: Inputs, spec: Spec) -> Spec:
     return replace(spec, clusters=count)
 
 
-def _encode_all(
-    inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress
-) -> tuple[list[Shard], float]:
-    """Every module, from its shard where that is there. Returns them and the seconds spent in reads and mathematics."""
-    finished: list[Shard] = []
-    spent = 0.0
-    modules = inputs.modules
-    for index, (name, (out, in_)) in enumerate(modules.items()):
-        path = None if folder is None else folder / f"{index:05d}.safetensors"
-        done = None if path is None else shards.read(path, out, in_)
-        if done is None:
-            begun = time.perf_counter()
-            factors = [adapter.low_rank(name) for adapter in inputs.adapters if name in adapter.modules]
-            code = encode.encode(name, factors, spec)
-            spent += time.perf_counter() - begun
-            if path is not None:
-                shards.write(path, code)
-            done = shards.describe(code, out, in_) if path is None else shards.read(path, out, in_)
-            assert done is not None
-        finished.append(done)
-        progress("compressing", index + 1, len(modules))
-    return finished, spent
+def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
+    """Every module in order, several at a time; from its shard where that is there.
+
+    Modules are independent, and most of their steps are too small to keep several cores busy: two modules side by side
+    on one core each are faster than one after the other on both. A GPU gets one at a time.
+    """
+    threads = torch.get_num_threads()
+    workers = min(WORKERS, threads) if spec.torch_device().type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
+    try:
+        futures = [
+            pool.submit(_encode_one, inputs, spec, name, shape, folder and folder / f"{index:05d}.safetensors")
+            for index, (name, shape) in enumerate(inputs.modules.items())
+        ]
+        finished = []
+        for future in futures:
+            finished.append(future.result())
+            progress("compressing", len(finished), len(futures))
+        return finished
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_one(inputs: Inputs, spec: Spec, name: str, shape: tuple[int, int], path: Path | None) -> Shard:
+    """One module: its shard, made and written (path None: only described) where it is not there yet."""
+    found = None if path is None else shards.read(path, *shape)
+    if found is not None:
+        return found
+    factors = [adapter.low_rank(name) for adapter in inputs.adapters if name in adapter.modules]
+    code = encode.encode(name, factors, spec)
+    if path is None:
+        return shards.describe(code, *shape)
+    shards.write(path, code)
+    written = shards.read(path, *shape)
+    assert written is not None, path
+    return written
 
 
 def _write(
     inputs: Inputs, spec: Spec, output: Path, resume: bool, force: bool, progress: Progress
-) -> tuple[Bundle, list[Shard], float]:
+) -> tuple[Bundle, list[Shard]]:
     partial = output.with_name(output.name + PARTIAL)
     _start(partial, identity(inputs, spec), resume, force)
     with locked(partial):
-        finished, spent = _encode_all(inputs, spec, partial, progress)
+        finished = _encode_all(inputs, spec, partial, progress)
         assemble(inputs, spec, finished, DirectorySink(partial / "bundle"), progress)
         replace_bundle(partial / "bundle", output, force)
         shutil.rmtree(partial)
-    return Bundle.open(output), finished, spent
+    return Bundle.open(output), finished
 
 
 def identity(inputs: Inputs, spec: Spec) -> str:
@@ -297,7 +310,6 @@ def _outcome(
     bundle: Bundle | None,
     size: int,
     seconds: float,
-    spent: float,
     peak: int,
 ) -> Outcome:
     residuals, energies = module_errors(inputs, finished)
@@ -317,6 +329,5 @@ def _outcome(
         tuple(inputs.modules),
         size,
         seconds,
-        spent,
         peak,
     )

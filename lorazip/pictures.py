@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 from typing import Any
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lorazip.findings import Kind
 from lorazip.units import figure
 
 LINES = 8  # colours, and so kinds of modules that get a line of their own
@@ -58,23 +59,6 @@ _STYLE: dict[str, Any] = {
     "ytick.color": _LINE,
     "ytick.labelcolor": _MUTED,
 }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Cumulative energy of one kind of module.
-
-    Attributes:
-        kind: its name.
-        mean: (r,) mean share of energy in the first 1 … r singular values.
-        low: (r,) the least share among the kind's modules.
-        high: (r,) the greatest.
-    """
-
-    kind: str
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
 
 
 def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -> Markup:
@@ -154,23 +138,17 @@ def heat_map(errors: Tensor, names: Sequence[str], kinds: Sequence[tuple[str, in
         return _svg(canvas, f"Error of {n} adapters in {m} modules, in logarithmic colours")
 
 
-def spectra(curves: Sequence[Curve]) -> Markup:
-    """Share of energy by number of singular values: a line for the mean and a band for the range, at most `LINES`."""
+def spectra(kinds: Sequence[Kind]) -> Markup:
+    """Share of energy by number of singular values, a line and a band (least to greatest) a kind, at most `LINES`."""
     with _drawing("spectra", 3.2) as (canvas, axes):
-        for curve, colour in zip(curves, _SERIES, strict=False):
-            ranks = range(1, len(curve.mean) + 1)
-            axes.fill_between(ranks, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-            marker = "o" if len(curve.mean) <= 32 else ""
-            axes.plot(
-                ranks,
-                curve.mean,
-                color=colour,
-                linewidth=1.4,
-                marker=marker,
-                markersize=3.5,
-                label=shorten(curve.kind),
-            )
-        axes.set_ylim(0, 1.03)
+        for kind, colour in zip(kinds, _SERIES, strict=False):
+            ranks = range(1, len(kind.mean) + 1)
+            axes.fill_between(ranks, kind.low, kind.high, color=colour, alpha=0.15, linewidth=0)
+            marker = "o" if len(ranks) <= 32 else ""
+            name = shorten(kind.name)
+            axes.plot(ranks, kind.mean, color=colour, linewidth=1.4, marker=marker, markersize=3.5, label=name)
+        least = min((share for kind in kinds for share in kind.low), default=0.0)
+        axes.set_ylim(math.floor(10 * least - 0.1) / 10, 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_xlabel("singular values kept")

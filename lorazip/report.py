@@ -61,7 +61,7 @@ def render(outcome: Outcome) -> str:
             cells, [row.name for row in rows], [(kind.name, len(kind.columns)) for kind in kinds]
         ),
         spectra=pictures.spectra(
-            [pictures.Curve(k.name, k.mean, k.low, k.high) for k in kinds if k in drawn]
+            [kind for kind in kinds if kind in drawn]
         ),
         kinds=kinds,
         drawn=len(drawn),
@@ -89,6 +89,7 @@ def _template() -> jinja2.Template:
         "size": units.size,
         "figure": units.figure,
         "times": units.times,
+        "share": units.share,
         "duration": units.duration,
         "counted": units.counted,
         "printable": printable,

@@ -23,6 +23,11 @@ def times(value: float) -> str:
     return f"{_three(value)}×"
 
 
+def share(part: float) -> str:
+    """A part of the whole: 84.8 %, < 0.1 %, 0 %."""
+    return "< 0.1 %" if 0 < part < 0.0005 else f"{part:.1%}".replace("%", " %")
+
+
 def duration(seconds: float) -> str:
     """Wall time: 4.8 s, 12 min 5 s, 1 h 3 min."""
     if seconds < 60:

@@ -39,6 +39,7 @@ def export(
     """
     opened = Bundle.open(bundle)
     chosen = list(names) or opened.names
+    rows: list[dict[str, str | int]]
     if as_bundle:
         smaller = edit.subset(opened, chosen, output)
         rows = [{"name": name, "path": str(output)} for name in smaller.names]

@@ -1,0 +1,5 @@
+"""`python -m lorazip`."""
+
+from lorazip.cli import main
+
+main()
