@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from lorazip import peft_config, peft_format, peft_keys
 from lorazip.errors import Defect, InputError
-from lorazip.header import FormatError, Header, TensorInfo, parse_json, read_header, stamp_of
+from lorazip.header import FormatError, Header, TensorInfo, parse_json, read_header
+from lorazip.mapped import Mapped
 from lorazip.peft_format import ModuleInfo
 
 __all__ = ["Adapter", "LowRank", "ModuleInfo", "TensorInfo", "open_adapter"]
@@ -67,9 +67,7 @@ class Adapter:
         self.config = config
         self.modules = dict(modules)
         self.extras = dict(extras)
-        self._header = header
-        self._path = directory / peft_keys.WEIGHTS_FILE
-        self._map: Tensor | None = None
+        self._file = Mapped(directory / peft_keys.WEIGHTS_FILE, header)
         self.nbytes = header.size + (directory / peft_config.CONFIG_FILE).stat().st_size
 
     def __repr__(self) -> str:
@@ -104,7 +102,9 @@ class Adapter:
 
         Extras that are no LoRA tensors are not judged: they are carried, whatever they hold.
         """
-        judged = [key for key, info in self._header.tensors.items() if ".lora_" in key and _is_float(info)]
+        judged = [
+            key for key, info in self._file.header.tensors.items() if ".lora_" in key and _is_float(info)
+        ]
         bad = [key for run in self._runs(judged) if not _finite(self._span(run)) for key in run]
         found = [
             Defect(
@@ -117,7 +117,7 @@ class Adapter:
             for key in bad
             if not _finite(self._tensor(key))
         ]
-        self.close()
+        self._file.close()
         return found
 
     def _runs(self, keys: Sequence[str]) -> Iterator[list[str]]:
@@ -125,10 +125,10 @@ class Adapter:
         run: list[str] = []
         for key in keys:
             if run:
-                last, info = self._header.tensors[run[-1]], self._header.tensors[key]
+                last, info = self._file.header.tensors[run[-1]], self._file.header.tensors[key]
                 if (
                     last.dtype != info.dtype
-                    or self._header.begin[run[-1]] + last.nbytes != self._header.begin[key]
+                    or self._file.header.begin[run[-1]] + last.nbytes != self._file.header.begin[key]
                 ):
                     yield run
                     run = []
@@ -136,39 +136,17 @@ class Adapter:
         if run:
             yield run
 
-    def close(self) -> None:
-        """Forget the map; it is made again when needed. Tensors that were handed out stay valid."""
-        self._map = None
-
     def _tensor(self, key: str) -> Tensor:
-        return self._span([key]).view(self._header.tensors[key].shape)
+        return self._span([key]).view(self._file.header.tensors[key].shape)
 
     def _span(self, run: Sequence[str]) -> Tensor:
         """The values of neighbouring tensors of one type, flat."""
-        begin, last = self._header.begin[run[0]], run[-1]
-        info = self._header.tensors[last]
-        data = self._data()[begin : self._header.begin[last] + info.nbytes]
-        dtype = peft_format.TORCH_DTYPE[info.dtype]
-        if begin % dtype.itemsize:
-            data = data.clone()  # headers of a length that is no multiple of 8 are rare but legal
-        return data.view(dtype)
-
-    def _data(self) -> Tensor:
-        """The mapped bytes of the whole file. The map is private and holds no file descriptor."""
-        # Reading beyond the end of a map kills the process, so a file that shrank is noticed before.
         try:
-            same = stamp_of(os.stat(self._path)) == self._header.stamp
-        except OSError:
-            same = False
-        if not same:
+            return self._file.span(run[0], run[-1])
+        except FormatError as error:
             raise InputError(
-                [Defect(self.name, "", self._path.name, "the file changed while it was in use", "run again")]
-            )
-        if self._map is None:
-            self._map = torch.from_file(
-                str(self._path), shared=False, size=self._header.size, dtype=torch.uint8
-            )
-        return self._map
+                [Defect(self.name, "", self._file.path.name, str(error), "run again")]
+            ) from error
 
 
 def open_adapter(directory: Path, name: str) -> Adapter:

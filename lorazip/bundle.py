@@ -62,12 +62,19 @@ class _Streams:
                 at[dtype] = at.get(dtype, 0) + len(data)
         return found
 
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor, from the map."""
+        try:
+            return self.file.tensor(key)
+        except FormatError as error:
+            raise BundleError(f"{self.path.name}: {error}") from error
+
     def parts(self, slot: Slot, at: Offsets) -> list[tuple[str, Tensor]]:
         """The stored parts of one slot that starts at these offsets, (dtype, flat data) each."""
         at, found = dict(at), []
         for part in slot.parts():
             start = at.get(part.dtype, 0)
-            found.append((part.dtype, self.file.tensor(part.dtype)[start : start + part.count]))
+            found.append((part.dtype, self.tensor(part.dtype)[start : start + part.count]))
             at[part.dtype] = start + part.count
         return found
 
@@ -125,7 +132,7 @@ class BundleAdapter:
         """One carried tensor, bit for bit."""
         if key not in self.extras:
             raise KeyError(key)
-        return self._file.file.tensor(key)
+        return self._file.tensor(key)
 
     @cached_property
     def _slots(self) -> list[list[Slot]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lorazip.errors import Defect, TargetError
 from lorazip.header import TensorInfo
+from lorazip.mapped import TORCH_DTYPE
 from lorazip.peft_config import CONFIG_FILE, ScaleRule, endings
 from lorazip.peft_keys import (
     LORA_BIAS,
@@ -40,13 +41,6 @@ from lorazip.peft_keys import (
     split_factor,
 )
 
-TORCH_DTYPE = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
-    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
-}  # fmt: skip
 FACTOR_DTYPES = ("F32", "F16", "BF16")
 
 

@@ -76,8 +76,16 @@ def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -
             at = [i for i, is_shared in enumerate(shared) if is_shared == sort]
             if at:
                 heights = [errors[i] for i in at]
-                width = 0.8 if len(errors) <= 100 else 1
-                axes.bar([i + 1 for i in at], heights, width, color=_SERIES[series * both], label=label)
+                # Many bars touch, with sharp edges, so that no seams are seen.
+                many = len(errors) > 100
+                axes.bar(
+                    [i + 1 for i in at],
+                    heights,
+                    width=1 if many else 0.8,
+                    antialiased=not many,
+                    color=_SERIES[series * both],
+                    label=label,
+                )
         marks = [("mean", sum(errors) / len(errors))] + [("bound", b) for b in (bound,) if b is not None]
         for name, height in marks:
             axes.axhline(height, color=_INK, linewidth=0.8, dashes=(4, 3))
@@ -146,7 +154,9 @@ def spectra(kinds: Sequence[Kind]) -> Markup:
             axes.fill_between(ranks, kind.low, kind.high, color=colour, alpha=0.15, linewidth=0)
             marker = "o" if len(ranks) <= 32 else ""
             name = shorten(kind.name)
-            axes.plot(ranks, kind.mean, color=colour, linewidth=1.4, marker=marker, markersize=3.5, label=name)
+            axes.plot(
+                ranks, kind.mean, color=colour, linewidth=1.4, marker=marker, markersize=3.5, label=name
+            )
         least = min((share for kind in kinds for share in kind.low), default=0.0)
         axes.set_ylim(math.floor(10 * least - 0.1) / 10, 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -60,9 +60,7 @@ def render(outcome: Outcome) -> str:
         heat_map=pictures.heat_map(
             cells, [row.name for row in rows], [(kind.name, len(kind.columns)) for kind in kinds]
         ),
-        spectra=pictures.spectra(
-            [kind for kind in kinds if kind in drawn]
-        ),
+        spectra=pictures.spectra([kind for kind in kinds if kind in drawn]),
         kinds=kinds,
         drawn=len(drawn),
         groups=[(group, findings.mean_error(outcome, group)) for group in groups],

@@ -29,11 +29,11 @@ def share(part: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Wall time: 4.8 s, 12 min 5 s, 1 h 3 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    """Wall time, three digits: 4.81 s, 12.1 min, 1.05 h."""
+    for limit, divisor, unit in ((99.95, 1, "s"), (5997, 60, "min")):
+        if seconds < limit:
+            return f"{_three(seconds / divisor)} {unit}"
+    return f"{_three(seconds / 3600)} h"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

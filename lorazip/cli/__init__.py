@@ -23,7 +23,7 @@ from lorazip.errors import LorazipError, printable
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, package_name="lorazip")
 def group() -> None:
-    """Compress many LoRA adapters of one base model into one verified bundle, and get them back.
+    r"""Compress many LoRA adapters of one base model into one verified bundle, and get them back.
 
     \b
     Example:
