@@ -18,6 +18,7 @@ from lorazip.card import card
 from lorazip.compress import shards
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
+from lorazip.errors import TargetError
 from lorazip.files import Entry, flush, safetensors_size, write_bytes, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.sources import Inputs
@@ -35,8 +36,12 @@ class DirectorySink:
     """Writes into a fresh folder; every file is on disk when the call returns."""
 
     def __init__(self, folder: Path):
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / ADAPTERS).mkdir(parents=True)
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+            (folder / ADAPTERS).mkdir(parents=True)
+        except OSError as error:
+            raise TargetError(f"{folder} cannot be made: {error.strerror}") from error
         self.folder = folder
 
     def tensors(self, name: str, entries: Sequence[Entry]) -> FileRecord:
@@ -135,11 +140,22 @@ def _manifest(
             inputs.adapters, adapter_errors(inputs, finished), records, strict=True
         )
     )
-    # A defect of something that has no name yet names its path, which is nobody's business: its last part will do.
-    skipped = tuple(str(replace(d, adapter=Path(d.adapter).name)) for d in inputs.skipped)
     return Manifest(
-        inputs.base, inputs.revision, inputs.fingerprint(), spec.recorded(), modules, adapters, files, skipped
+        base=inputs.base,
+        revision=inputs.revision,
+        fingerprint=inputs.fingerprint(),
+        options=spec.recorded(),
+        modules=modules,
+        adapters=adapters,
+        files=files,
+        skipped=skipped(inputs),
     )
+
+
+def skipped(inputs: Inputs) -> tuple[str, ...]:
+    """What was left out and why, as the manifest records it: names and defects, no paths and no advice."""
+    # A defect of something that has no name yet names its path: its last part will do.
+    return tuple(str(replace(d, adapter=Path(d.adapter).name, remedy="")) for d in inputs.skipped)
 
 
 def module_errors(inputs: Inputs, finished: Sequence[Shard]) -> tuple[Tensor, Tensor]:

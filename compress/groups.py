@@ -97,7 +97,7 @@ def _row_basis(factor: Tensor) -> Tensor:
     """An orthonormal basis (rank, d) float32 of the row space of A (r, d): E^(-1/2) W^T A with A A^T = W E W^T."""
     rows = factor.double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)
-    kept = values > NOISE * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    kept = values > NOISE * values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
     turn: Tensor = vectors[:, kept] / values[kept].sqrt()  # (r, rank)
     return (turn.T @ rows).float()
 

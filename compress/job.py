@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorazip import manifest as manifests
-from lorazip.bundle import MANIFEST, Bundle
-from lorazip.compress import cluster, encode, shards
+from lorazip.bundle import Bundle
+from lorazip.compress import cluster, encode, finished, partial, shards
 from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble, module_errors
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
-from lorazip.errors import TargetError, UsageError
-from lorazip.files import flush, locked, write_bytes
+from lorazip.errors import UsageError
 from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
 
-PARTIAL = ".partial"
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -130,7 +125,8 @@ def run(
     started = time.perf_counter()
     with PeakMemory() as memory:
         if output is not None:
-            _check_target(output, resume, force)
+            output = Path(os.path.realpath(output))  # a link stays; what it names is written
+            partial.check_target(output, resume, force)
         inputs = open_adapters(
             [str(p) for p in paths],
             base=base,
@@ -141,12 +137,12 @@ def run(
             raise UsageError("no adapter has a low-rank module to compress")
         spec = resolve(inputs, spec)
         if output is None:
-            finished = _encode_all(inputs, spec, None, progress)
-            bundle, size = None, assemble(inputs, spec, finished, SizeSink(), progress)
+            encoded = _encode_all(inputs, spec, None, progress)
+            bundle, size = None, assemble(inputs, spec, encoded, SizeSink(), progress)
         else:
-            bundle, finished = _write(inputs, spec, output, resume, force, progress)
+            bundle, encoded = _write(inputs, spec, output, resume, force, progress)
             size = bundle.nbytes
-    return _outcome(inputs, spec, finished, bundle, size, time.perf_counter() - started, memory.peak)
+    return _outcome(inputs, spec, encoded, bundle, size, time.perf_counter() - started, memory.peak)
 
 
 def resolve(inputs: Inputs, spec: Spec) -> Spec:
@@ -183,17 +179,21 @@ def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progr
     """
     threads = torch.get_num_threads()
     workers = min(WORKERS, threads) if spec.torch_device().type == "cpu" else 1
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
+    pool = ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
+    )
     try:
         futures = [
-            pool.submit(_encode_one, inputs, spec, name, shape, folder and folder / f"{index:05d}.safetensors")
+            pool.submit(
+                _encode_one, inputs, spec, name, shape, folder and folder / f"{index:05d}.safetensors"
+            )
             for index, (name, shape) in enumerate(inputs.modules.items())
         ]
-        finished = []
+        encoded = []
         for future in futures:
-            finished.append(future.result())
-            progress("compressing", len(finished), len(futures))
-        return finished
+            encoded.append(future.result())
+            progress("compressing", len(encoded), len(futures))
+        return encoded
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -216,106 +216,32 @@ def _encode_one(inputs: Inputs, spec: Spec, name: str, shape: tuple[int, int], p
 def _write(
     inputs: Inputs, spec: Spec, output: Path, resume: bool, force: bool, progress: Progress
 ) -> tuple[Bundle, list[Shard]]:
-    partial = output.with_name(output.name + PARTIAL)
-    _start(partial, identity(inputs, spec), resume, force)
-    with locked(partial):
-        finished = _encode_all(inputs, spec, partial, progress)
-        assemble(inputs, spec, finished, DirectorySink(partial / "bundle"), progress)
-        replace_bundle(partial / "bundle", output, force)
-        shutil.rmtree(partial)
-    return Bundle.open(output), finished
-
-
-def identity(inputs: Inputs, spec: Spec) -> str:
-    """What makes two runs the same job: options and inputs.
-
-    Files count by size and time of change, not by content: this only guards a resumed run, and reading gigabytes again
-    to hash them would cost as much as the run.
-    """
-    files = []
-    for adapter in inputs.adapters:
-        status = (adapter.directory / "adapter_model.safetensors").stat()
-        files.append([adapter.name, status.st_size, status.st_mtime_ns, adapter.config])
-    skipped = [str(defect) for defect in inputs.skipped]
-    job = [
-        manifests.VERSION,
-        torch.__version__,
-        inputs.base,
-        inputs.revision,
-        spec.recorded(),
-        files,
-        skipped,
-    ]
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-
-
-def _check_target(output: Path, resume: bool, force: bool) -> None:
-    """Refuse before any work what could not be written after it."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not (output / MANIFEST).is_file():
-            raise TargetError(f"{output} exists and is not a bundle (choose another name)")
-        if not force:
-            raise TargetError(f"{output} exists (use --force to replace it, or choose another name)")
-    partial = output.with_name(output.name + PARTIAL)
-    if partial.exists() and not resume and not force:
-        raise TargetError(f"{partial} is an unfinished run (--resume continues it, --force discards it)")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TargetError(f"{output.parent} cannot be made: {error.strerror}") from error
-
-
-def _start(partial: Path, job: str, resume: bool, force: bool) -> None:
-    """Make the folder of a fresh run, or check that the one that is there belongs to this job."""
-    note = partial / "job.json"
-    try:
-        if partial.exists():
-            known = json.loads(note.read_text())["job"] if note.is_file() else None
-            if known == job and resume:
-                return
-            if not force and known is not None:
-                raise TargetError(
-                    f"{partial} belongs to a run with other options or inputs "
-                    "(repeat those to --resume it, or --force to discard it)"
-                )
-            with locked(partial):
-                shutil.rmtree(partial)
-        partial.mkdir()
-    except OSError as error:
-        raise TargetError(f"{partial} cannot be made: {error.strerror}") from error
-    write_bytes(note, json.dumps({"job": job}).encode())
-
-
-def replace_bundle(new: Path, output: Path, force: bool) -> None:
-    """Rename a finished bundle to its final name; an old one (with force) is only deleted once the new one is there."""
-    old = None
-    try:
-        if output.exists() and any(output.iterdir()):
-            if not force:
-                raise TargetError(f"{output} appeared while the job ran (use --force to replace it)")
-            old = output.with_name(output.name + ".old")
-            output.rename(old)
-        new.rename(output)
-        flush(output.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise TargetError(f"{output} cannot be written: {error.strerror}") from error
+    done = finished.find(output, inputs, spec, force, progress) if resume else None
+    with partial.working(output, partial.identity(inputs, spec), resume, force) as folder:
+        if done is not None:
+            partial.discard(folder, output)
+            return Bundle.open(output), done
+        encoded = _encode_all(inputs, spec, folder, progress)
+        assemble(inputs, spec, encoded, DirectorySink(folder / partial.BUNDLE), progress)
+        # Without the maps: some file systems keep a file, and so its folder, as long as it is mapped.
+        encoded = [replace(shard, file=None) for shard in encoded]
+        partial.publish(folder, output, force)
+    return Bundle.open(output), encoded
 
 
 def _outcome(
     inputs: Inputs,
     spec: Spec,
-    finished: Sequence[Shard],
+    encoded: Sequence[Shard],
     bundle: Bundle | None,
     size: int,
     seconds: float,
     peak: int,
 ) -> Outcome:
-    residuals, energies = module_errors(inputs, finished)
+    residuals, energies = module_errors(inputs, encoded)
     errors = torch.where(energies > 0, residuals / energies.clamp_min(1e-300), residuals * 0)
     fallbacks = torch.zeros(errors.shape, dtype=torch.bool)
-    for column, code in enumerate(finished):
+    for column, code in enumerate(encoded):
         rows = (~energies[:, column].isnan()).nonzero()[:, 0]
         fallbacks[rows, column] = torch.tensor(code.fallbacks)
     return Outcome(
@@ -323,9 +249,9 @@ def _outcome(
         spec,
         inputs,
         errors,
-        adapter_errors(inputs, finished),
+        adapter_errors(inputs, encoded),
         fallbacks,
-        tuple(code.spectrum for code in finished),
+        tuple(code.spectrum for code in encoded),
         tuple(inputs.modules),
         size,
         seconds,

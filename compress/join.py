@@ -22,10 +22,11 @@ from lorazip.compress.joint import Pair
 from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
-from lorazip.edit import commit
+from lorazip.edit import changing, commit
 from lorazip.errors import Defect, InputError, TargetError
-from lorazip.files import Entry, flush, locked, write_safetensors
+from lorazip.files import Entry, flush, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Module
+from lorazip.names import folded
 from lorazip.sources import Inputs, fingerprint, open_adapters
 from lorazip.terms import Form, shared_indices
 
@@ -56,8 +57,7 @@ def add(
     Raises:
         InputError: bad adapters, names that the bundle has, another base or shapes; nothing is changed.
     """
-    with locked(path):
-        bundle = Bundle.open(path)
+    with changing(path) as bundle:
         bundle.require([])
         inputs = open_adapters(
             paths, base=base, skip_bad=skip_bad, progress=lambda done, total: progress("reading", done, total)
@@ -163,9 +163,9 @@ def _check(bundle: Bundle, inputs: Inputs, base: str | None) -> None:
     """All that keeps adapters from joining: names, base, shapes."""
     defects = []
     known = {m.name: (m.out, m.in_) for m in bundle.manifest.modules}
-    taken = {name.casefold() for name in bundle.names}
+    taken = {folded(name) for name in bundle.names}
     for adapter in inputs.adapters:
-        if adapter.name.casefold() in taken:
+        if folded(adapter.name) in taken:
             remedy = "remove it first, or give the new one another name: NAME=PATH"
             defects.append(
                 Defect(adapter.name, problem="the bundle has an adapter of this name", remedy=remedy)

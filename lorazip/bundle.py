@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch import Tensor
 from lorazip import manifest as manifests
 from lorazip.adapter import LowRank
 from lorazip.codecs import DTYPES
-from lorazip.errors import BundleError
+from lorazip.errors import BundleError, UsageError
 from lorazip.header import FormatError, TensorInfo
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.mapped import Mapped
@@ -177,10 +179,14 @@ class Bundle:
         """Open a bundle: its manifest is checked against its own digest, tensors are read when asked for.
 
         Raises:
-            BundleError: not a bundle, damaged, or of another version.
+            UsageError: there is no such path; BundleError: not a bundle, damaged, or of another version.
         """
         path = Path(path)
+        if not os.path.lexists(path):
+            raise UsageError(f"{path} does not exist")
         try:
+            if not stat.S_ISREG((path / MANIFEST).stat().st_mode):  # opening a pipe would wait for ever
+                raise BundleError(f"{path} is not a bundle: {MANIFEST} is not a regular file")
             with (path / MANIFEST).open("rb") as file:
                 data = file.read(manifests.MAX_MANIFEST + 1)
         except OSError as error:
@@ -209,11 +215,12 @@ class Bundle:
         return sum(record.original_bytes for record in self.manifest.adapters)
 
     def adapter(self, name: str) -> BundleAdapter:
-        """The adapter of that name. Raises BundleError when there is none."""
+        """The adapter of that name. Raises UsageError when there is none."""
         for record in self.manifest.adapters:
             if record.name == name:
                 return BundleAdapter(self, record)
-        raise BundleError(f"{self.path} has no adapter {name!r} (it has {', '.join(self.names[:10])} …)")
+        some = ", ".join(self.names[:10]) + (" …" if len(self.names) > 10 else "")
+        raise UsageError(f"{self.path} has no adapter {name!r} (it has {some})")
 
     def __iter__(self) -> Iterator[BundleAdapter]:
         return (BundleAdapter(self, record) for record in self.manifest.adapters)
@@ -268,7 +275,7 @@ class Bundle:
                 problems += _problems(self.path / name, name, file)
         if not problems:
             try:
-                if SHARED in self.manifest.files:
+                if SHARED in self.manifest.files or any(self._shared_ends.values()):
                     self._shared_file  # noqa: B018 - opening the file checks its layout
                 for name in sorted(chosen):
                     self.adapter(name).extras  # noqa: B018
@@ -277,7 +284,11 @@ class Bundle:
         return problems
 
     def require(self, names: Sequence[str]) -> None:
-        """Check the bytes that these adapters need before anything is made of them. Raises BundleError."""
+        """Check the bytes that these adapters need before anything is made of them.
+
+        Raises:
+            UsageError: no such adapter; BundleError: damaged data.
+        """
         for name in names:
             self.adapter(name)
         problems = self.verify(names)
@@ -289,7 +300,9 @@ class Bundle:
         known = set(expected_files(self.manifest)) | {MANIFEST}
         found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir())
         return sorted(
-            name for name in found if name not in known and not name.startswith((".git/", ".cache/"))
+            name
+            for name in found
+            if name not in known and not name.startswith((".git/", ".gitattributes", ".cache/"))
         )
 
 
@@ -306,9 +319,11 @@ def expected_files(manifest: Manifest) -> dict[str, FileRecord]:
 
 def _problems(path: Path, name: str, record: FileRecord) -> list[Problem]:
     try:
-        size = path.stat().st_size
-        if size != record.nbytes:
-            return [Problem(name, f"has {size} bytes, bundle.json says {record.nbytes}")]
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return [Problem(name, "is not a regular file")]
+        if status.st_size != record.nbytes:
+            return [Problem(name, f"has {status.st_size} bytes, bundle.json says {record.nbytes}")]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

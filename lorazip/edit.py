@@ -6,8 +6,11 @@ not list is not part of the bundle, so an interruption leaves at most a file tha
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +28,9 @@ def remove(path: Path, names: Sequence[str]) -> Bundle:
     """Take adapters out of a bundle. Shared tensors stay, also those that only they used (`subset` drops them).
 
     Raises:
-        BundleError: no such adapter.
-        UsageError: none would be left.
+        UsageError: no such adapter, or none would be left.
     """
-    with locked(path):
-        bundle = Bundle.open(path)
+    with changing(path) as bundle:
         gone = {bundle.adapter(name).name for name in names}
         kept = tuple(a for a in bundle.manifest.adapters if a.name not in gone)
         if not kept:
@@ -38,6 +39,18 @@ def remove(path: Path, names: Sequence[str]) -> Bundle:
         for name in gone:
             adapter_path(path, name).unlink(missing_ok=True)
     return Bundle.open(path)
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[Bundle]:
+    """Open a bundle to change it: nobody else can meanwhile.
+
+    Raises:
+        TargetError: somebody else does; UsageError, BundleError: as `Bundle.open`.
+    """
+    Bundle.open(path)  # what cannot be opened is not locked either, and this says why
+    with locked(path):
+        yield Bundle.open(path)
 
 
 def commit(path: Path, manifest: Manifest) -> None:
@@ -49,7 +62,7 @@ def subset(bundle: Bundle, names: Sequence[str], output: Path) -> Bundle:
     """Write a bundle of some adapters, with just the shared tensors that they use; their own files are copied.
 
     Raises:
-        BundleError: no such adapter, or damaged data.
+        UsageError: no such adapter; BundleError: damaged data.
         TargetError: the output exists or cannot be written.
     """
     bundle.require(names)
@@ -57,24 +70,26 @@ def subset(bundle: Bundle, names: Sequence[str], output: Path) -> Bundle:
         raise TargetError(f"{output} exists (choose another name)")
     chosen = [a for a in bundle.manifest.adapters if a.name in set(names)]
     modules, adapters, used = _pruned(bundle.manifest, chosen)
-    partial = output.with_name(output.name + ".partial")
+    target = Path(os.path.realpath(output))  # a link stays; what it names is written
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / ADAPTERS).mkdir(parents=True)
+        (temporary / ADAPTERS).mkdir(parents=True)
         files: dict[str, FileRecord] = {}
         for name in bundle.manifest.files:
             if name != SHARED:
-                files[name] = _copy(bundle.path / name, partial / name, bundle.manifest.files[name])
+                files[name] = _copy(bundle.path / name, temporary / name, bundle.manifest.files[name])
         entries = _shared_entries(bundle, used)
         if entries:
-            files[SHARED] = write_safetensors(partial / SHARED, entries)
+            files[SHARED] = write_safetensors(temporary / SHARED, entries)
         for record in adapters:
-            _copy(adapter_path(bundle.path, record.name), adapter_path(partial, record.name), record.file)
-        commit(partial, replace(bundle.manifest, modules=modules, adapters=adapters, files=files))
-        partial.rename(output)
-        flush(output.parent)
+            _copy(adapter_path(bundle.path, record.name), adapter_path(temporary, record.name), record.file)
+        commit(temporary, replace(bundle.manifest, modules=modules, adapters=adapters, files=files))
+        temporary.rename(target)
+        flush(target.parent)
     except OSError as error:
         raise TargetError(f"{output} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
     return Bundle.open(output)
 
 

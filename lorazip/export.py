@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lorazip import peft_format
+from lorazip import peft_config, peft_format
 from lorazip.bundle import Bundle
 from lorazip.card import adapter_card
 from lorazip.codecs import CODECS
-from lorazip.errors import TargetError, UsageError
+from lorazip.errors import BundleError, TargetError, UsageError
 from lorazip.files import write_bytes
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def export(
         directory: made if needed; DIRECTORY/NAME must not have content.
         dtype: of the written factors. float32 has the bundle's effect exactly; the others round it once more.
     Raises:
-        BundleError: no such adapter, or damaged data.
+        UsageError: no such adapter; BundleError: damaged data.
         TargetError: a target exists or cannot be written.
     """
     if dtype not in CODECS:
@@ -49,6 +52,9 @@ def export(
     names = list(dict.fromkeys(names)) or bundle.names
     bundle.require(names)
     for name in names:
+        # `compress` lets no such config in, but a bundle may come from somebody else.
+        for found in peft_config.problems(bundle.adapter(name).config):
+            raise BundleError(f"{bundle.path}: {name}: its config cannot be used: {found.problem}")
         if (directory / name).exists() and (
             not (directory / name).is_dir() or any((directory / name).iterdir())
         ):
@@ -69,30 +75,48 @@ def export(
     return done
 
 
-def push(folder: Path, repo: str) -> str:
+def push(folder: Path, repo: str, names: Sequence[str] = ()) -> str:
     """Upload a folder as a model repository. Returns its address.
 
+    Args:
+        folder: what to upload.
+        repo: Hub id; made if needed.
+        names: upload just these directories of it, and its card; empty for all of it.
     Raises:
         TargetError: the Hub refused, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
+    patterns = [CARD, *(f"{glob.escape(name)}/*" for name in names)] if names else None
     try:
         api = HfApi()
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(
-            repo_id=repo, folder_path=folder, repo_type="model", commit_message="Upload by lorazip"
+            repo_id=repo,
+            folder_path=folder,
+            repo_type="model",
+            commit_message="Upload by lorazip",
+            allow_patterns=patterns,
         )
         return str(address)
-    except (OSError, HFValidationError) as error:  # every error of the Hub's client is an OSError
-        raise TargetError(
-            f"{repo}: the Hub did not take it: {error} (huggingface-cli login; is it online?)"
-        ) from error
+    except Exception as error:  # the client lets through what its HTTP library and its uploader in Rust raise
+        reason = str(error).strip() or type(error).__name__
+        remedy = (
+            f"log in with `hf auth login`, check name and network; what was to be uploaded is in {folder}"
+        )
+        raise TargetError(f"{repo}: the Hub did not take it: {reason} ({remedy})") from error
 
 
 def write_card(folder: Path, bundle: Bundle, names: Sequence[str]) -> None:
-    """A model card beside exported adapters, for `push`."""
+    """A model card beside exported adapters, for `push`.
+
+    Raises:
+        TargetError: there is one, or it cannot be written.
+    """
+    if (folder / CARD).exists():
+        raise TargetError(
+            f"{folder / CARD} exists, the model card would replace it (choose another directory)"
+        )
     records = {a.name: a for a in bundle.manifest.adapters}
     errors = {name: records[name].error for name in names}
-    write_bytes(folder / "README.md", adapter_card(bundle.manifest.base, errors).encode())
+    write_bytes(folder / CARD, adapter_card(bundle.manifest.base, errors).encode())

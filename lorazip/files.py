@@ -100,9 +100,12 @@ def _replacing(path: Path) -> Iterator[int]:
         yield descriptor
         os.replace(temporary, path)
         flush(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
 
 
 def flush(directory: Path) -> None:
@@ -119,13 +122,21 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold the directory's lock, so that two processes do not write it at once. Needs no lock file.
 
     Raises:
-        TargetError: another process holds it.
+        TargetError: another process holds it, or has just replaced or deleted the directory.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    busy = TargetError(f"{directory} is being written by another process (wait for it)")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise TargetError(f"{directory} cannot be opened: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(descriptor), os.stat(directory))
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
+        if not same:
+            raise busy
         yield
-    except BlockingIOError:
-        raise TargetError(f"{directory} is being written by another process (wait for it)") from None
     finally:
         os.close(descriptor)

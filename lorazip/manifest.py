@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ FORMAT = "lorazip-bundle"
 VERSION = 1
 ABSENT = -1  # in place of a form: the adapter does not have this module
 MAX_MANIFEST = 256 * 2**20
+MAX_TERMS = 64  # of a form: a term may repeat a shared tensor, so each costs memory that no file had to hold
+MAX_PLACES = 2**27  # adapters times modules: runs make a short manifest out of many
+MAX_NUMBER = 3.4028234663852886e38  # of float32, in which all is computed
 _FIRST_LINE = re.compile(rb'\{"digest":"([0-9a-f]{64})",\n')
 
 
@@ -94,6 +98,7 @@ def dumps(manifest: Manifest) -> bytes:
     """The bytes of bundle.json: one line a module, a form, an adapter; the same manifest gives the same bytes."""
     layouts = list(dict.fromkeys(m.layout for m in manifest.modules))
     forms = list(dict.fromkeys(f for a in manifest.adapters for f in a.forms if f is not None))
+    layout_place = {layout: i for i, layout in enumerate(layouts)}
     place = {form: i for i, form in enumerate(forms)}
     common = _common([a.config for a in manifest.adapters])
     body = {
@@ -105,7 +110,7 @@ def dumps(manifest: Manifest) -> bytes:
         "layouts": [[[s.side, s.columns, s.codec] for s in layout] for layout in layouts],
         "forms": [[pack_term(t) for t in form] for form in forms],
         "modules": [[m.name, m.out, m.in_] for m in manifest.modules],
-        "module_layouts": _runs([layouts.index(m.layout) for m in manifest.modules]),
+        "module_layouts": _runs([layout_place[m.layout] for m in manifest.modules]),
         "adapters": [
             {
                 "name": a.name,
@@ -169,9 +174,9 @@ def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """For every key that most configs have, its most frequent value (the first of these by text)."""
     common: dict[str, Any] = {}
     for key in sorted({key for config in configs for key in config}):
-        texts = sorted(_json(config[key]) for config in configs if key in config)
-        if 2 * len(texts) > len(configs):
-            common[key] = json.loads(max(texts, key=texts.count))
+        texts = Counter(_json(config[key]) for config in configs if key in config)
+        if 2 * texts.total() > len(configs):
+            common[key] = json.loads(max(sorted(texts), key=texts.__getitem__))
     return common
 
 
@@ -202,25 +207,27 @@ def loads(data: bytes) -> Manifest:
     except FormatError as error:
         raise BundleError(f"bundle.json: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise BundleError(f"bundle.json is not a manifest of version {VERSION}: {error!r}") from error
+        raise BundleError(f"bundle.json is not a manifest of version {VERSION}: {repr(error)[:200]}") from error
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:
     if body["format"] != FORMAT:
         raise BundleError(f"bundle.json: format {body['format']!r} is not {FORMAT!r}")
-    if body["version"] != VERSION:
+    if type(body["version"]) is not int or body["version"] != VERSION:
         raise BundleError(
             f"bundle.json has version {body['version']!r}; this lorazip reads {VERSION} (upgrade it)"
         )
+    if len(body["modules"]) * len(body["adapters"]) > MAX_PLACES:
+        raise BundleError(f"bundle.json: adapters times modules is more than {MAX_PLACES}")
     layouts = [tuple(unpack_shared(item) for item in layout) for layout in body["layouts"]]
-    forms = [tuple(unpack_term(term) for term in form) for form in body["forms"]]
+    forms = [_form(form) for form in body["forms"]]
     indices = _unrun(body["module_layouts"], len(body["modules"]), len(layouts), "module_layouts")
     modules = tuple(
-        Module(_text(name), _count(out), _count(in_), layouts[i])
+        Module(_text(name), _count(out, 1), _count(in_, 1), layouts[i])
         for (name, out, in_), i in zip(body["modules"], indices, strict=True)
     )
     _unique([m.name for m in modules], "module")
-    adapters = tuple(_adapter(item, modules, forms, body["config"]) for item in body["adapters"])
+    adapters = tuple(_adapter(item, modules, forms, _object(body["config"])) for item in body["adapters"])
     _unique([a.name for a in adapters], "adapter")
     for names in twins([a.name for a in adapters]).values():
         raise BundleError(f"bundle.json: adapters {', '.join(names)} differ in case only")
@@ -229,11 +236,11 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         base=_text(base["name"]),
         revision=None if base["revision"] is None else _text(base["revision"]),
         fingerprint=_hex(base["fingerprint"]),
-        options=dict(body["options"]),
+        options=_object(body["options"]),
         modules=modules,
         adapters=adapters,
         files={_plain_name(k): FileRecord(_count(n), _hex(h)) for k, (n, h) in body["files"].items()},
-        skipped=tuple(_text(line) for line in body["skipped"]),
+        skipped=tuple(_text(line) for line in _list(body["skipped"])),
     )
 
 
@@ -248,13 +255,13 @@ def _adapter(
     own = tuple(None if i == ABSENT else forms[i] for i in indices)
     for module, form in zip(modules, own, strict=True):
         _check_form(name, module, form)
-    removed = set(item.get("config_removed", []))
-    config = {k: v for k, v in common.items() if k not in removed} | dict(item.get("config", {}))
-    error = item["error"]
-    if not isinstance(error, int | float) or not error >= 0:
+    removed = set(_list(item.get("config_removed", [])))
+    config = {k: v for k, v in common.items() if k not in removed} | _object(item.get("config", {}))
+    error = _number(item["error"])
+    if error < 0:
         raise ValueError(f"error of {name} is {error!r}")
     record = FileRecord(_count(item["bytes"]), _hex(item["sha256"]))
-    return AdapterRecord(name, config, own, float(error), _count(item["original_bytes"]), record)
+    return AdapterRecord(name, config, own, error, _count(item["original_bytes"]), record)
 
 
 def _check_form(name: str, module: Module, form: Form | None) -> None:
@@ -270,6 +277,14 @@ def _check_form(name: str, module: Module, form: Form | None) -> None:
             ends.append(module.layout[factor].columns)
         if term.core.kind in ("diagonal", "scalar") and ends[0] != ends[1]:
             raise BundleError(f"bundle.json: {name}: {module.name}: {ends[0]} columns meet {ends[1]}")
+        if term.core.rank > min(ends):  # never useful, and a way to make a small file decode to a huge matrix
+            raise BundleError(f"bundle.json: {name}: {module.name}: rank {term.core.rank} between {ends}")
+
+
+def _form(terms: Any) -> Form:
+    if len(terms) > MAX_TERMS:
+        raise BundleError(f"bundle.json: a form has {len(terms)} terms, at most {MAX_TERMS} are accepted")
+    return tuple(unpack_term(term) for term in terms)
 
 
 def unpack_term(item: Any) -> Term:
@@ -283,8 +298,8 @@ def unpack_term(item: Any) -> Term:
 
     left, core, right = item
     match core:
-        case ["scalar", int() | float() as value] if not isinstance(value, bool):
-            parsed = Core("scalar", value=float(value))
+        case ["scalar", value]:
+            parsed = Core("scalar", value=_number(value))
         case ["factored", codec, rank]:
             parsed = Core("factored", _codec(codec), _count(rank, 1))
         case ["full" | "diagonal" as kind, codec]:
@@ -310,7 +325,7 @@ def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> l
             type(value) is not int
             or not least <= value < below
             or type(count) is not int
-            or not 0 < count <= length
+            or not 0 < count <= length - len(values)
         ):
             raise ValueError(f"{what}: {item!r}")
         values += [value] * count
@@ -329,6 +344,24 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
     return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not an object")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
+        raise ValueError(f"{repr(value)[:40]} is not a number of float32")
+    return float(value)
 
 
 def _count(value: Any, least: int = 0) -> int:

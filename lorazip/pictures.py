@@ -1,7 +1,7 @@
 """The report's pictures: SVG that stands inside the page, in the page's own fonts and colours.
 
 Matplotlib knows neither of light and dark pages nor of their fonts: figures are drawn in the marker colours of
-`_COLOURS`, which then become CSS variables, and texts stay texts. Importing this file takes a second, so import it late.
+`_COLOURS`, which then become CSS variables, and texts stay texts. Importing this file takes a second: import it late.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ MAX_KINDS = 30  # below it
 MAX_NAME = 34  # characters
 ROW = 0.22  # inches of a heat map's row, as long as it has room
 TALLEST = 7.0  # inches of a heat map
+DECADES = 4  # of its scale: factors kept bit for bit must not take the colours from all others
 
 _INK, _MUTED, _LINE, _PAPER = "#010203", "#010204", "#010205", "#010206"
 _SERIES = tuple(f"#0103{i:02x}" for i in range(LINES))
 _COLOURS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _LINE: "var(--line)", _PAPER: "var(--paper)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # Any: matplotlib wants each key as a literal type
     "axes.axisbelow": True,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _MUTED,
@@ -86,8 +87,9 @@ def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -
                     color=_SERIES[series * both],
                     label=label,
                 )
+        # The higher one's label stands on its line, the lower one's below: they never meet.
         marks = [("mean", sum(errors) / len(errors))] + [("bound", b) for b in (bound,) if b is not None]
-        for name, height in marks:
+        for i, (name, height) in enumerate(sorted(marks, key=lambda mark: -mark[1])):
             axes.axhline(height, color=_INK, linewidth=0.8, dashes=(4, 3))
             axes.annotate(
                 f"{name} {figure(height)}",
@@ -95,7 +97,7 @@ def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 0),
                 textcoords="offset points",
-                verticalalignment="center",
+                verticalalignment="center" if len(marks) == 1 else ("bottom", "top")[i],
             )
         axes.set_xlim(0.4, len(errors) + 0.6)
         axes.set_xlabel("adapters, worst first")
@@ -183,7 +185,7 @@ def _drawing(salt: str, height: float) -> Iterator[tuple[Figure, Axes]]:
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": salt})
+        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": salt})
         # Matplotlib measures texts by a font that lacks some scripts; the browser then draws them with its own fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         canvas = Figure((WIDTH, height), layout="constrained")
@@ -207,11 +209,12 @@ def _svg(canvas: Figure, label: str) -> Markup:
 
 
 def _limits(errors: Tensor) -> tuple[float, float]:
-    """The least and the greatest positive error, apart enough to make a scale."""
+    """The ends of the scale: the greatest error, and the least positive one or what lies `DECADES` lower."""
     positive = errors[errors > 0]  # NaN is not
     if not len(positive):
         return 0.1, 1.0
-    lowest, highest = float(positive.min()), float(positive.max())
+    highest = float(positive.max())
+    lowest = max(float(positive.min()), highest * 10.0**-DECADES)
     return (lowest, highest) if lowest < 0.9 * highest else (highest / 2, highest)
 
 

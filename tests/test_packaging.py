@@ -95,8 +95,8 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     program = f"""if True:
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        import lorazip.cli, lorazip.compress
-        print(lorazip.cli.__file__, lorazip.compress.__file__, sep="\\n", flush=True)
+        import lorazip.cli, lorazip.compress.svd  # lorazip.compress itself is the function of the public API
+        print(lorazip.cli.__file__, sys.modules["lorazip.compress.svd"].__file__, sep="\\n", flush=True)
         lorazip.cli.main(["--help"])
     """
     command = [sys.executable, "-I", "-c", program]  # -I: nothing is taken from the working directory
@@ -121,7 +121,8 @@ def test_constraints_pin_one_version_each() -> None:
 
 
 def test_no_file_names_a_path_of_a_machine() -> None:
-    pattern = re.compile(rb"(?<![\w.~-])/(?:work|root|home|farm|Users)/\w")
+    # /home/me is nobody's: tests use it as an example.
+    pattern = re.compile(rb"(?<![\w.~-])/(?:work|root|home|farm|Users)/(?!me\b)\w+")
     found = []
     for path in ROOT.rglob("*"):
         name = path.relative_to(ROOT).as_posix()

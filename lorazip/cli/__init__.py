@@ -20,15 +20,13 @@ from lorazip.cli.verify import verify
 from lorazip.errors import LorazipError, printable
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: lorazip compress adapters/ -o team.lorazip",
+)
 @click.version_option(__version__, package_name="lorazip")
 def group() -> None:
-    r"""Compress many LoRA adapters of one base model into one verified bundle, and get them back.
-
-    \b
-    Example:
-      lorazip compress adapters/ -o team.lorazip
-    """
+    """Compress many LoRA adapters of one base model into one verified bundle, and get them back."""
 
 
 for command in (inspect, compress, info, verify, export, add, remove):
@@ -52,3 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)  # whoever read our output left, as after SIGPIPE
+    except (
+        OSError
+    ) as error:  # of a kind that nobody foresaw; what is being written is whole or not there all the same
+        click.echo(f"error: {printable(str(error))}", err=True)
+        sys.exit(2)

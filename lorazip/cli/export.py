@@ -13,7 +13,7 @@ from lorazip.cli import render
 from lorazip.codecs import CODECS
 
 
-@click.command(epilog="Example: lorazip export team.lorazip customer-7 -o adapters/")
+@click.command(epilog="Example: lorazip export team.lorazip customer-7 -o exported/")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("names", nargs=-1, metavar="[NAME...]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write to.")
@@ -43,15 +43,16 @@ def export(
     if as_bundle:
         smaller = edit.subset(opened, chosen, output)
         rows = [{"name": name, "path": str(output)} for name in smaller.names]
-        folder = output
+        folder, parts = output, list[str]()
     else:
         with render.progress() as progress:
             done = exporting.export(opened, chosen, output, dtype=dtype, progress=progress)
         rows = [{"name": e.name, "path": str(e.directory), "rank": e.rank} for e in done]
-        folder = done[0].directory if len(done) == 1 else output
+        # The directory may hold more than was exported now, which is nobody's business.
+        folder, parts = (done[0].directory, []) if len(done) == 1 else (output, [e.name for e in done])
         if push is not None:
             exporting.write_card(folder, opened, [e.name for e in done])
-    address = exporting.push(folder, push) if push is not None else None
+    address = exporting.push(folder, push, parts) if push is not None else None
     if as_json:
         render.as_json({"exported": rows, "pushed": address})
         return

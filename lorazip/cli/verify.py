@@ -26,13 +26,13 @@ def verify(bundle: Path, against: tuple[str, ...], device: str, as_json: bool) -
 
     Exit code 0: all is as recorded. 1: something is not.
     """
-    opened = Bundle.open(bundle)
+    opened, place = Bundle.open(bundle), Spec(device=device).torch_device()
     problems = opened.verify()
     compared: list[check.Comparison] = []
     if against and not problems:
         with render.progress() as progress:
             inputs = open_adapters(list(against), base=opened.manifest.base)
-            compared = check.compare(opened, inputs.adapters, Spec(device=device).torch_device(), progress)
+            compared = check.compare(opened, inputs.adapters, place, progress)
     found = {"bundle": {p.file: p.problem for p in problems}, "strays": opened.strays()}
     bad = [c for c in compared if c.problems]
     if as_json:

@@ -1,0 +1,185 @@
+"""A second reader of bundles, written from docs/FORMAT.md alone: json, struct and numpy, nothing of lorazip.
+
+It shows that the specification is enough, and the tests compare lorazip with it. It trusts a bundle once its checksums
+are right; the limits of docs/FORMAT.md are lorazip's own business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+STREAMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its bits, for now
+CODECS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FIRST_LINE = 78
+
+
+class FormatError(Exception):
+    """The directory is not a bundle of version 1, or it is damaged."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One safetensors file in memory: the headers of its tensors, and its data."""
+
+    header: Mapping[str, Any]
+    data: bytes
+
+    def raw(self, name: str) -> bytes:
+        begin, end = self.header[name]["data_offsets"]
+        return self.data[begin:end]
+
+    def stream(self, dtype: str) -> Array:
+        """The elements of one stream, float32."""
+        if dtype not in self.header:
+            return np.zeros(0, np.float32)
+        elements = np.frombuffer(self.raw(dtype), STREAMS[dtype])
+        if dtype == "BF16":  # the upper half of a float32
+            return (elements.astype("<u4") << 16).view("<f4")
+        return elements.astype(np.float32)
+
+
+@dataclass
+class Cursor:
+    """Takes the tensors of one file in the order of the specification."""
+
+    file: Tensors
+    at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
+
+    def take(self, codec: str, *shape: int) -> Array:
+        dtype, count = CODECS[codec], int(np.prod(shape))
+        begin = self.at[dtype]
+        self.at[dtype] = begin + count
+        return self.file.stream(dtype)[begin : begin + count].astype(np.float64).reshape(shape)
+
+    def finish(self) -> None:
+        """Every stream must have been used to its end."""
+        for dtype, end in self.at.items():
+            if len(self.file.stream(dtype)) != end:
+                raise FormatError(f"stream {dtype} does not end where the manifest says")
+
+
+class Bundle:
+    """A bundle, read as a whole.
+
+    Attributes:
+        manifest: bundle.json.
+        modules: (name, out, in) in the order of the data.
+        shared: for each module its shared tensors, as stored.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        data = (path / "bundle.json").read_bytes()
+        digest = hashlib.sha256(data[FIRST_LINE:]).hexdigest()
+        if data[:FIRST_LINE] != b'{"digest":"%s",\n' % digest.encode():
+            raise FormatError("bundle.json does not match its digest")
+        self.manifest = json.loads(data)
+        if (self.manifest["format"], self.manifest["version"]) != ("lorazip-bundle", 1):
+            raise FormatError("not a bundle of version 1")
+        self.modules = [tuple(module) for module in self.manifest["modules"]]
+        indices = runs(self.manifest["module_layouts"])
+        self._layouts = [self.manifest["layouts"][i] for i in indices]
+        self.shared = self._read_shared()
+        self._records = {record["name"]: record for record in self.manifest["adapters"]}
+        self.names = list(self._records)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The original adapter_config.json."""
+        record = self._records[name]
+        removed = record.get("config_removed", [])
+        common = {key: value for key, value in self.manifest["config"].items() if key not in removed}
+        return {**common, **record.get("config", {})}
+
+    def matrices(self, name: str) -> dict[str, Array]:
+        """D (out, in), float64, of every module that the adapter has."""
+        cursor = Cursor(self._adapter_file(name))
+        forms = runs(self._records[name]["forms"])
+        found = {}
+        for (module, out, in_), shared, layout, index in zip(
+            self.modules, self.shared, self._layouts, forms, strict=True
+        ):
+            if index != -1:
+                terms = self.manifest["forms"][index]
+                found[module] = sum(
+                    (product(term, shared, layout, out, in_, cursor) for term in terms), np.zeros((out, in_))
+                )
+        cursor.finish()
+        return found
+
+    def carried(self, name: str) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        """Tensors of the original that are kept as they were: name -> dtype, shape, bytes."""
+        file = self._adapter_file(name)
+        return {
+            key: (entry["dtype"], tuple(entry["shape"]), file.raw(key))
+            for key, entry in file.header.items()
+            if key not in STREAMS
+        }
+
+    def _read_shared(self) -> list[list[Array]]:
+        listed = self.manifest["files"].get("shared.safetensors")
+        file = Tensors({}, b"") if listed is None else read(self.path / "shared.safetensors", *listed)
+        cursor = Cursor(file)
+        shared = [
+            [cursor.take(codec, columns, out if side == "left" else in_) for side, columns, codec in layout]
+            for layout, (_, out, in_) in zip(self._layouts, self.modules, strict=True)
+        ]
+        cursor.finish()
+        return shared
+
+    def _adapter_file(self, name: str) -> Tensors:
+        record = self._records[name]
+        return read(self.path / "adapters" / f"{name}.safetensors", record["bytes"], record["sha256"])
+
+
+def read(path: Path, nbytes: int, sha256: str) -> Tensors:
+    """Read a safetensors file and check it against its record."""
+    data = path.read_bytes()
+    if len(data) != nbytes or hashlib.sha256(data).hexdigest() != sha256:
+        raise FormatError(f"{path.name} is not the file that bundle.json lists")
+    (length,) = struct.unpack("<Q", data[:8])
+    return Tensors(json.loads(data[8 : 8 + length]), data[8 + length :])
+
+
+def runs(packed: Sequence[Any]) -> list[int]:
+    """[3, [0, 4], -1] -> [3, 0, 0, 0, 0, -1]."""
+
+    def unpacked() -> Iterator[int]:
+        for item in packed:
+            value, count = item if isinstance(item, list) else (item, 1)
+            yield from [value] * count
+
+    return list(unpacked())
+
+
+def product(
+    term: Sequence[Any], shared: Sequence[Array], layout: Sequence[Any], out: int, in_: int, cursor: Cursor
+) -> Array:
+    """L C R^T (out, in) of one term; its own tensors are taken from the cursor, left, core, right."""
+    left, core, right = term
+    a, b = (layout[side][1] if isinstance(side, int) else side[0] for side in (left, right))
+    l_rows = shared[left] if isinstance(left, int) else cursor.take(left[1], a, out)
+    kind, *rest = core
+    if kind == "full":
+        c = cursor.take(rest[0], a, b)
+    elif kind == "diagonal":
+        c = np.diag(cursor.take(rest[0], a))
+    elif kind == "factored":
+        codec, rank = rest
+        c = cursor.take(codec, rank, a).T @ cursor.take(codec, rank, b)
+    elif kind == "scalar":
+        c = rest[0] * np.eye(a)
+    else:
+        raise FormatError(f"core {kind!r} is not known")
+    r_rows = shared[right] if isinstance(right, int) else cursor.take(right[1], b, in_)
+    product: Array = l_rows.T @ c @ r_rows
+    return product

@@ -1,0 +1,468 @@
+"""The report: its numbers, its safety, and how a browser takes it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from lorazip import findings, pictures, report, units
+from lorazip.compress.job import Outcome, run
+from lorazip.compress.spec import Spec
+from lorazip.errors import Defect, TargetError
+
+if TYPE_CHECKING:
+    from tests.conftest import MakeAdapter
+
+ZOO = Path(__file__).parents[1] / "examples" / "zoo"
+HOSTILE = '<script>alert("1")</script>'
+WIDE = {
+    f"model.layers.{layer}.self_attn.{name}": shape
+    for layer in range(12)
+    for name, shape in {"q_proj": (48, 96), "k_proj": (24, 96)}.items()
+}
+SOME = {name: shape for name, shape in WIDE.items() if "q_proj" in name}
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Outcome]:
+    """Outcomes that several tests look at and none changes, by name: each is made once."""
+    return {}
+
+
+@pytest.fixture
+def outcome(
+    made: dict[str, Outcome], make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    """Seven adapters with groups, fallbacks, carried tensors, absent modules, and one that is left out."""
+    if "outcome" not in made:
+        make_adapter.root = tmp_path_factory.mktemp("outcome")
+        make_varied(make_adapter)
+        spec, out = Spec(rank=6, max_error=0.3), make_adapter.root / "out.lorazip"
+        made["outcome"] = run([make_adapter.root / "zoo"], spec, out, skip_bad=True)
+    return made["outcome"]
+
+
+def make_varied(make: MakeAdapter) -> None:
+    """The adapters of `outcome`."""
+    base: dict[str, Any] = {"base_model_name_or_path": f"org/{HOSTILE}"}
+    for name in ("a1", "a2", "a3"):
+        make(f"zoo/{name}", modules=WIDE, rank=2, a_seed=3, **base)
+    make("zoo/$x$ 日本語 & co", modules=SOME, rank=2, **base)
+    make("zoo/own", modules=WIDE, rank=3, **base)
+    make("zoo/" + "long" * 32, modules=WIDE, rank=2, **base)
+    head = {
+        f"{make.prefix}classifier.weight": torch.ones(3, 96),
+        f"{make.prefix}classifier.bias": torch.ones(3),
+    }
+    make("zoo/scored", modules=WIDE, rank=2, tensors=head, modules_to_save=["classifier"], **base)
+    bad = f"{make.prefix}model.layers.0.self_attn.q_proj.lora_A.weight"
+    make("zoo/bad", modules=WIDE, rank=2, tensors={bad: torch.full((2, 96), torch.nan)}, **base)
+
+
+@pytest.fixture
+def page(outcome: Outcome) -> str:
+    """Its page."""
+    return report.render(outcome)
+
+
+@pytest.fixture
+def dry(
+    made: dict[str, Outcome], make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    """A dry run of three plain adapters."""
+    if "dry" not in made:
+        make_adapter.root = tmp_path_factory.mktemp("dry")
+        for name in "abc":
+            make_adapter(name)
+        made["dry"] = run([make_adapter.root], Spec(rank=4), None)
+    return made["dry"]
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, and the text in each section."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, list[str]] = {"": []}
+        self._section = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "section":
+            self._section = dict(attrs)["id"] or ""
+            self.sections[self._section] = []
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.sections[self._section].append(data.strip())
+
+    def text(self, section: str) -> str:
+        return " ".join(self.sections[section])
+
+
+def test_bytes_are_those_on_disk(outcome: Outcome, page: str) -> None:
+    assert outcome.bundle is not None
+    rows = {row.name: row.nbytes for row in findings.byte_rows(outcome)}
+    files = {
+        p.relative_to(outcome.bundle.path).as_posix(): p
+        for p in outcome.bundle.path.rglob("*")
+        if p.is_file()
+    }
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    assert sum(rows.values()) == sum(sizes.values()) == outcome.bundle.nbytes == outcome.bundle_bytes
+    heads = {
+        name: 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        for name, path in files.items()
+        if name.endswith(".safetensors")
+    }
+    assert rows["Headers"] == sum(heads.values())
+    assert rows["Shared tensors"] == sizes["shared.safetensors"] - heads["shared.safetensors"]
+    assert rows["Carried tensors"] == (3 * 96 + 3) * 4
+    assert rows["Manifest"] == sizes["bundle.json"]
+    assert rows["Card"] == sizes["README.md"]
+    assert rows["Fallbacks"] > 0
+    for nbytes in (*rows.values(), outcome.bundle.nbytes):
+        assert f"{nbytes:,}" in Page(page).sections["bytes"]
+
+
+def test_fallback_bytes_are_the_own_factors(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    for name in "abcd":
+        make_adapter(f"zoo/{name}", modules=WIDE, rank=2, dtype=torch.float16)
+    found = run([tmp_path / "zoo"], Spec(rank=1, max_error=0), tmp_path / "out.lorazip")
+    assert bool(found.fallbacks.all())
+    rows = {row.name: row.nbytes for row in findings.byte_rows(found)}
+    assert rows["Fallbacks"] == 4 * 2 * 2 * sum(out + in_ for out, in_ in WIDE.values())
+    assert "Adapters’ own tensors" not in rows
+
+
+def test_svd_shares_nothing(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    make_adapter("zoo/a")
+    found = run([tmp_path / "zoo"], Spec(method="svd", rank=2), tmp_path / "out.lorazip")
+    rows = {row.name: row for row in findings.byte_rows(found)}
+    assert "Shared tensors" not in rows
+    assert rows["Adapters’ own tensors"].meaning.endswith("the factors of each adapter")
+    seen = Page(report.render(found))
+    assert "svd gives every adapter factors of its own" in seen.text("fallbacks")
+    assert "None: no two adapters" in seen.text("groups")
+
+
+def test_dry_run(dry: Outcome) -> None:
+    seen = Page(report.render(dry))
+    assert "nothing was written" in seen.text("")
+    assert f"{dry.bundle_bytes:,}" in seen.sections["bytes"]
+    assert "Own file" not in seen.text("errors")
+    assert "no bound on the error was given" in seen.text("fallbacks")
+    assert "every input is in the bundle" in seen.text("skipped")
+    assert "low-rank factors only" in seen.text("carried")
+
+
+def test_the_page_says_what_happened(outcome: Outcome, page: str) -> None:
+    seen = Page(page)
+    assert "7 LoRA adapters of" in seen.text("")
+    for adapter in outcome.inputs.adapters:
+        assert adapter.name in seen.sections["errors"]
+    assert "a1, a2, a3" in seen.text("groups")
+    assert "bad" in seen.text("skipped")
+    assert "NaN" in seen.text("skipped")
+    assert "base_model.model.classifier.weight" in seen.text("carried")
+    assert "F32 3 × 96" in seen.text("carried")
+    assert "max-error 0.3" in seen.text("options")
+    for row in findings.fallback_rows(outcome, findings.kinds(outcome)):
+        assert row.adapter in seen.sections["fallbacks"]
+        assert f"{row.count} of {row.modules}" in seen.sections["fallbacks"]
+
+
+def test_rows_are_worst_first_and_name_the_worst_module(outcome: Outcome) -> None:
+    rows = findings.adapter_rows(outcome, [["a1", "a2"]])
+    assert [row.error for row in rows] == sorted(outcome.adapter_errors.tolist(), reverse=True)
+    assert {row.name: row.group for row in rows}["a2"] == 1
+    for row in rows:
+        i = [adapter.name for adapter in outcome.inputs.adapters].index(row.name)
+        column = outcome.modules.index(row.worst_module)
+        assert (
+            row.worst_error
+            == float(outcome.errors[i, column])
+            == float(outcome.errors[i].nan_to_num(-1).max())
+        )
+
+
+def test_kinds(outcome: Outcome) -> None:
+    k, q = findings.kinds(outcome)
+    assert (k.name, q.name) == ("k_proj", "q_proj")
+    layers = [outcome.modules[column].split(".")[2] for column in q.columns]
+    assert layers == [str(layer) for layer in range(12)]  # 10 after 9
+    assert q.shapes == ((48, 96),)
+    assert q.fallbacks + k.fallbacks == int(outcome.fallbacks.sum())
+    assert q.mean_error == pytest.approx(float(outcome.errors[:, list(q.columns)].nanmean()))
+    assert q.mean[-1] == pytest.approx(1)
+    assert all(low <= mean <= high for low, mean, high in zip(q.low, q.mean, q.high, strict=True))
+    assert q.needed(0.5) == 1 + [share >= 0.5 for share in q.mean].index(True)
+    assert replace(q, mean=(0.1, 0.2)).needed(0.9) is None
+
+
+def test_kinds_of_odd_names() -> None:
+    names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj", "wte", "3"]
+    assert findings.columns_by_kind(names) == {
+        "3": (5,),
+        "attn.c_proj": (0, 2),
+        "mlp.c_proj": (1, 3),
+        "wte": (4,),
+    }
+
+
+def test_many_fallbacks_are_counted_by_kind(outcome: Outcome) -> None:
+    all_fell = replace(outcome, fallbacks=outcome.errors.isfinite())
+    rows = findings.fallback_rows(all_fell, findings.kinds(outcome))
+    assert rows[0].places == "12 of 12 k_proj, 12 of 12 q_proj"
+    assert rows[-1].places == "12 of 12 q_proj"
+
+
+def test_long_lists_are_cut_and_said_to_be(outcome: Outcome) -> None:
+    defects = tuple(Defect(f"/home/me/zoo/d{i}", "m", "t", "is bad") for i in range(report.LISTED + 7))
+    seen = Page(report.render(replace(outcome, inputs=replace(outcome.inputs, skipped=defects))))
+    assert "7 defects more" in seen.text("skipped")
+    assert "d99" in seen.sections["skipped"]
+    assert "/home/me" not in seen.text("skipped")
+
+
+def test_same_outcome_same_page(outcome: Outcome, page: str) -> None:
+    assert report.render(outcome) == page
+
+
+def test_another_process() -> None:
+    code = "import sys, torch, lorazip.report; late = 'matplotlib' not in sys.modules; from lorazip import pictures; "
+    code += "print(late, pictures.heat_map(torch.arange(1., 7).view(2, 3), ['a', 'b'], [('k', 1), ('q', 2)]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = pictures.heat_map(torch.arange(1.0, 7).view(2, 3), ["a", "b"], [("k", 1), ("q", 2)])
+    assert done.stdout == f"True {here}\n"  # matplotlib is imported late, and pictures are the same
+
+
+def test_hostile_texts_are_escaped(outcome: Outcome) -> None:
+    modules = list(outcome.modules)
+    modules[3] = f"model.{HOSTILE}.font-family: x"
+    shapes = {new: outcome.inputs.modules[old] for new, old in zip(modules, outcome.modules, strict=True)}
+    inputs = replace(
+        outcome.inputs,
+        revision="<img src=x onerror=alert(1)>",
+        skipped=(Defect(HOSTILE, HOSTILE, HOSTILE, f"{HOSTILE}\x1b[2J", "'\"><svg onload=alert(1)>"),),
+    )
+    inputs.__dict__["modules"] = shapes
+    text = report.render(replace(outcome, inputs=inputs, modules=tuple(modules)))
+    seen = Page(text)
+    assert HOSTILE in seen.text("")
+    assert "\x1b" not in text
+    forbidden = {"script", "img", "iframe", "object", "embed", "link", "base", "form"}
+    assert not forbidden.intersection(tag for tag, _ in seen.tags)
+    assert not [name for _, attrs in seen.tags for name in attrs if name.startswith("on")]
+
+
+def test_the_page_needs_nothing_but_itself(page: str) -> None:
+    urls = set(re.findall(r"https?://[^\s\"'<>)]+", page))
+    assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    sources = [
+        value or ""
+        for _, attrs in Page(page).tags
+        for name, value in attrs.items()
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+    ]
+    assert sources
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in sources)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_ids_are_unique_and_known(page: str) -> None:
+    ids = [attrs["id"] for _, attrs in Page(page).tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+    assert set(re.findall(r'href="#([^"]*)"', page)) <= set(ids)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e-12, 0.4])
+def test_degenerate_errors(dry: Outcome, fill: float) -> None:
+    errors = torch.full_like(dry.errors, fill)
+    found = report.render(
+        replace(dry, errors=errors, adapter_errors=torch.full_like(dry.adapter_errors, fill))
+    )
+    assert "viewBox" in found
+
+
+def test_exact_cells_do_not_stretch_the_scale() -> None:
+    errors = torch.tensor([[0.5, 1e-14, 0.0], [0.2, 0.01, torch.nan]], dtype=torch.float64)
+    picture = pictures.heat_map(errors, ["a", "b"], [("k", 3)])
+    labels = re.findall(r">([0-9.e-]+)</text>", picture)
+    assert min(float(label) for label in labels) == 0.0001
+
+
+def test_write_is_whole_or_not_at_all(dry: Outcome, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report.write(path, dry)
+    assert path.read_text(encoding="utf-8") == report.render(dry)
+    with pytest.raises(TargetError):
+        report.write(tmp_path / "no" / "report.html", dry)
+
+
+def test_units() -> None:
+    assert [units.size(n) for n in (0, 999, 1000, 2_471_300, 999_600, 9_400_000_000)] == [
+        "0 B", "999 B", "1.00 kB", "2.47 MB", "1.00 MB", "9.40 GB",
+    ]  # fmt: skip
+    assert units.size(3 * 10**15) == "3,000 TB"
+    assert [units.figure(x) for x in (0, 0.1634, 0.0123, 0.00123, 1.23e-7, 1)] == [
+        "0", "0.163", "0.012", "0.0012", "1.23e-07", "1.000",
+    ]  # fmt: skip
+    assert [units.times(x) for x in (6.384, 24.13, 130.2)] == ["6.38×", "24.1×", "130×"]
+    assert [units.share(x) for x in (0, 0.0001, 0.848, 1)] == ["0.0 %", "< 0.1 %", "84.8 %", "100.0 %"]
+    assert [units.duration(x) for x in (4.81, 59.99, 726, 7200)] == ["4.81 s", "60.0 s", "12.1 min", "2.00 h"]
+    assert units.counted(1, "adapter") == "1 adapter"
+    assert units.counted(1200, "entry", "entries") == "1,200 entries"
+
+
+# In a browser
+
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--enable-logging=stderr",
+    "--v=0",
+    "--virtual-time-budget=10000",
+    "--dump-dom",
+)
+
+
+def chromium() -> str:
+    """The browser; without one the test is skipped, unless LORAZIP_REQUIRE_CHROMIUM is set."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"):
+        found = shutil.which(name)
+        if found:
+            return found
+    if os.environ.get("LORAZIP_REQUIRE_CHROMIUM"):
+        pytest.fail("LORAZIP_REQUIRE_CHROMIUM is set and there is no chromium")
+    pytest.skip("no chromium (apt-get install chromium); set LORAZIP_REQUIRE_CHROMIUM to make this an error")
+
+
+def visit(html: str, folder: Path, width: int = 1200) -> tuple[str, list[str]]:
+    """Open a page: the document after everything ran, and the lines of its console."""
+    folder.mkdir()
+    file = folder / "page.html"
+    file.write_text(html, encoding="utf-8")
+    command = [chromium(), *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
+    done = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+PROBE = """<script>
+const pictures = [...document.querySelectorAll("img, image")].map(async (node) => {
+  const picture = new Image();
+  picture.src = node.getAttribute("src") || node.getAttribute("href") || node.getAttribute("xlink:href");
+  await picture.decode();
+  return [picture.naturalWidth, picture.naturalHeight];
+});
+Promise.all(pictures).then((sizes) => {
+  const boxes = [...document.querySelectorAll("svg")].map((svg) => {
+    const box = svg.getBoundingClientRect(), drawn = svg.getBBox();
+    return [box.width, box.height, drawn.width, drawn.height];
+  });
+  const ink = getComputedStyle(document.querySelector("svg text")).fill;
+  const overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.title = "probe:" + JSON.stringify({sizes, boxes, ink, overflow}) + ":end";
+});
+</script>"""
+
+
+def probe(html: str, folder: Path, width: int = 1200) -> dict[str, Any]:
+    """What a browser measures in the page: pictures decoded, their places, how far the page overflows."""
+    # The page's policy would stop the probe's script.
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    scripted = html.replace("</body>", f"{PROBE}</body>")
+    dom, console = visit(scripted, folder, width)
+    assert console == []
+    found = re.search("probe:(.*?):end", dom)
+    assert found
+    return dict(json.loads(found.group(1).replace("&quot;", '"')))
+
+
+def test_browser_console_is_silent(page: str, tmp_path: Path) -> None:
+    dom, console = visit(page, tmp_path / "visit")
+    assert console == []
+    assert "</footer>" in dom
+
+
+def test_browser_would_tell(dry: Outcome, tmp_path: Path) -> None:
+    # The other tests are worth something: errors are seen, and the page's policy stops scripts and requests.
+    attack = '<script>document.title = "owned"</script><img src="https://localhost:1/x.png">'
+    dom, console = visit(report.render(dry).replace("</main>", f"{attack}</main>"), tmp_path / "visit")
+    assert len([line for line in console if "Content Security Policy" in line]) == 2
+    assert "owned</title>" not in dom
+
+
+def test_browser_decodes_all_pictures(outcome: Outcome, page: str, tmp_path: Path) -> None:
+    found = probe(page, tmp_path / "wide")
+    assert [len(outcome.modules), len(outcome.inputs.adapters)] in found["sizes"]  # a pixel a cell
+    assert len(found["sizes"]) == page.count("data:image/png")
+    assert len(found["boxes"]) == 3
+    assert all(side > 50 for box in found["boxes"] for side in box)
+    assert found["overflow"] == 0
+
+
+def test_browser_on_a_phone(page: str, tmp_path: Path) -> None:
+    assert probe(page, tmp_path / "narrow", width=500)["overflow"] == 0
+
+
+def many(outcome: Outcome, n: int, layers: int) -> Outcome:
+    """An outcome like this one with n adapters and 7 modules a layer, its errors and fallbacks invented."""
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules = tuple(f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds)
+    one = outcome.inputs.adapters[0]
+    real, info = next(iter(one.modules.items()))
+    adapters = []
+    for i in range(n):
+        adapter = copy.copy(one)
+        adapter.name = f"adapter-{i:04d}"
+        adapter.modules = dict.fromkeys(modules, info)
+        adapter.low_rank = lambda module: one.low_rank(real)  # type: ignore[method-assign]
+        adapters.append(adapter)
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.rand(n, len(modules), generator=generator, dtype=torch.float64) ** 4
+    return replace(
+        outcome,
+        inputs=replace(outcome.inputs, adapters=tuple(adapters)),
+        errors=errors,
+        adapter_errors=errors.mean(1),
+        fallbacks=errors < 0.2,
+        spectra=tuple(torch.tensor([0.5, 0.3, 0.2]) for _ in modules),
+        modules=modules,
+    )
+
+
+def test_browser_takes_hundreds(dry: Outcome, tmp_path: Path) -> None:
+    begun = time.perf_counter()
+    html = report.render(many(dry, 500, 32))
+    assert time.perf_counter() - begun < 60  # 3 s on one free core
+    assert len(html.encode()) < 5e6
+    assert "400 adapters more" in Page(html).text("fallbacks")
+    found = probe(html, tmp_path / "visit")
+    assert [224, 500] in found["sizes"]
+    assert found["overflow"] == 0
