@@ -17,9 +17,9 @@ base computes in float32; AdamW, the learning rate falling linearly to 0; at the
 An adapter depends on the base, its task and the options alone, not on which other tasks are trained.
 
 OUT/NAME/ are PEFT adapters. OUT/scores.jsonl gets a line as each is done: of base and adapter (before it was rounded)
-the test loss, a mean over examples of their mean over tokens, and the exact match: the share of test examples at
-which the most likely token is the right one everywhere, given the right ones before it, and so the share that greedy
-decoding answers in full. A run that was cut goes on where it stopped.
+the test loss, a mean over all learned tokens, and the exact match: the share of test examples at which the most
+likely token is the right one everywhere, given the right ones before it, and so the share that greedy decoding
+answers in full. A run that was cut goes on where it stopped.
 
     python benchmarks/make_zoo.py base /data/smollm2-135m
     python benchmarks/make_zoo.py /data/smollm2-135m /data/tasks /data/zoo \
@@ -188,18 +188,18 @@ def train(model: PeftModel, recipe: Recipe, task: Task, examples: Sequence[Examp
 def measure(model: PeftModel, examples: Sequence[Example], size: int) -> dict[str, float]:
     """Loss and exact match of the model as it is."""
     model.eval()
-    total, exact = 0.0, 0
+    total, tokens, exact = 0.0, 0, 0
     ordered = sorted(examples, key=lambda example: len(example.tokens))  # little padding
     with torch.inference_mode():
         for first in range(0, len(ordered), size):
             batch = ordered[first : first + size]
             logits, right, rows = learned(model, batch)
-            losses, hits = cross_entropy(logits, right, reduction="none"), logits.argmax(-1) == right
-            for row in range(len(batch)):
-                total += losses[rows == row].mean().item()
-                exact += bool(hits[rows == row].all())
+            total += cross_entropy(logits, right, reduction="sum").item()
+            tokens += len(right)
+            wrong = rows[logits.argmax(-1) != right]
+            exact += len(batch) - len(set(wrong.tolist()))
     return {
-        "loss": round(total / len(examples), 4),
+        "loss": round(total / tokens, 4),
         "exact_match": round(exact / len(examples), 4),
         "n": len(examples),
     }

@@ -13,9 +13,10 @@ from lorazip.bundle import Bundle, BundleAdapter
 from lorazip.compress.encode import load, residuals2
 from lorazip.compress.lowrank import norms2
 
-# Another machine or device decodes in another order of float32 sums, which moves D^ by at most this share of ||D||.
-ROUNDING = 1e-6
-DIGITS = 1e-7  # recorded errors have 8 digits
+# Another machine or device decodes in another order of float32 sums. Decoding in float64 instead moves the root of an
+# error by 5e-9 to 4e-8 on the adapters of examples/zoo; this leaves a factor of five.
+ROUNDING = 2e-7
+DIGITS = 1e-8  # recorded errors have 8 digits
 
 
 @dataclass(frozen=True)

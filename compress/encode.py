@@ -6,7 +6,8 @@ A pure function of the factors and the resolved spec, so that it can be resumed,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lorazip.adapter import LowRank
 from lorazip.compress import allocate, joint, svd
 from lorazip.compress.allocate import Module
 from lorazip.compress.joint import Pair
-from lorazip.compress.lowrank import Stack, canonical, inner, norms2
+from lorazip.compress.lowrank import Stack, canonical, inner
 from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
@@ -61,10 +62,14 @@ class ModuleCode:
 
 
 def load(factors: Sequence[LowRank], device: torch.device) -> Stack:
-    """Copy the factors of one module into one float32 stack on the device; the scale goes to the left rows."""
+    """Copy the factors of one module into one stack on the device; the scale goes to the left rows.
+
+    float32 holds them exactly unless a scale is no power of two: those rows are float64, so that D is what was trained.
+    """
     # A zero adapter read from a bundle has rank 0: one row of zeros keeps the stack regular.
     ranks = tuple(max(1, f.A.shape[0]) for f in factors)
-    left = torch.zeros(sum(ranks), factors[0].B.shape[0])
+    exact = all(abs(frexp(f.scale)[0]) in (0.0, 0.5) for f in factors)
+    left = torch.zeros(sum(ranks), factors[0].B.shape[0], dtype=torch.float32 if exact else torch.float64)
     right = torch.zeros(sum(ranks), factors[0].A.shape[1])
     at = 0
     for factor, rank in zip(factors, ranks, strict=True):
@@ -107,6 +112,8 @@ def encode(name: str, factors: Sequence[LowRank], spec: Spec) -> ModuleCode:
         else:
             encoded = _encode_joint(module, spec)
         layout, shared, own = encoded
+        if spec.max_error is not None:
+            own = [o if _fits(o, spec.dtype) else OwnFactors((), ()) for o in own]
         code = measured(module, loaded, layout, shared, own)
         if spec.max_error is not None and spec.method != "svd":
             code = with_fallbacks(module, loaded, factors, spec, code, own)
@@ -115,19 +122,27 @@ def encode(name: str, factors: Sequence[LowRank], spec: Spec) -> ModuleCode:
     return code
 
 
+def _fits(factors: OwnFactors, dtype: str) -> bool:
+    """Whether the codec can hold these numbers; with a bound, an adapter that does not fit falls back."""
+    most = torch.finfo(getattr(torch, dtype)).max
+    return factors.exact or all(float(t.abs().max()) <= most for t in factors.tensors)
+
+
 def own_factors(module: Module, i: int, spec: Spec, factor: LowRank) -> OwnFactors:
-    """Adapter i alone: rank given, by energy, or the least that meets the bound."""
+    """Adapter i alone: rank given, by energy, or the least that meets the bound; nothing for a zero matrix."""
     stack = module.stack
     rows = slice(stack.starts[i], stack.starts[i + 1])
     left, right, sigma = stack.left[rows], stack.right[rows], module.sigma[i, : stack.ranks[i]]
     energy = float(module.energies[i])
+    if energy == 0:
+        return OwnFactors((), ())
     if spec.rank is not None:
         cut = svd.truncated(left, right, min(spec.rank, stack.ranks[i]), spec.dtype)
-        if spec.max_error is None or float(sigma[spec.rank :].square().sum()) <= spec.max_error * energy:
+        if spec.max_error is None or svd.residual(cut, factor) <= spec.max_error * energy:
             return cut
     if spec.energy is not None:
         # Kept energy is 1 - left-out energy; a hair of slack for energy = 1 in rounded singular values.
-        allowed = torch.tensor([(1 - spec.energy + 1e-15) * energy]).to(sigma)
+        allowed = sigma.new_tensor([(1 - spec.energy + 1e-15) * energy])
         rank = int(svd.least_ranks(sigma[None], allowed))
         return svd.truncated(left, right, rank, spec.dtype)
     assert spec.max_error is not None
@@ -230,13 +245,15 @@ def measured(
         torch.cat([x.to(device) for x in lefts]), torch.cat([x.to(device) for x in rights]), tuple(ranks)
     )
     spectrum = module.sigma.square() / module.energies.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    residuals = residuals2(loaded, stored).cpu()
+    residuals[[i for i, factors in enumerate(own) if factors.exact]] = 0
     return ModuleCode(
         layout,
         shared,
         tuple(o.form for o in own),
         tuple(parts),
-        residuals2(loaded, stored).cpu(),
-        norms2(loaded).cpu(),
+        residuals,
+        loaded.energies.cpu(),
         (False,) * len(own),
         spectrum.mean(0).cpu(),
     )
@@ -247,7 +264,7 @@ def residuals2(first: Stack, second: Stack) -> Tensor:
 
     In float64 the subtraction bottoms out near 1e-15 of ||D||^2 (in float32 it would near 1e-7; METHODS.md, "Error").
     """
-    return (norms2(first) - 2 * inner(first, second) + norms2(second)).clamp_min(0)
+    return (first.energies - 2 * inner(first, second) + second.energies).clamp_min(0)
 
 
 def missed(code: ModuleCode, spec: Spec) -> list[bool]:
@@ -275,4 +292,4 @@ def with_fallbacks(
     own = [OwnFactors(renumbered(o.form, place), o.tensors) for o in own]
     layout = tuple(code.layout[i] for i in used)
     again = measured(module, loaded, layout, tuple(code.shared[i] for i in used), own)
-    return ModuleCode(**{**vars(again), "fallbacks": tuple(fallen)})
+    return replace(again, fallbacks=tuple(fallen))

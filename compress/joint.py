@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorazip.compress.lowrank import Stack, norms2, orthonormal, triangle
+from lorazip.compress.lowrank import Frame, Stack, orthonormal
 
 DENSE = 128  # below this size a full eigendecomposition is cheaper than a block Krylov step
-TOLERANCE = 1e-5  # stop when a round lowers the loss by less than this part of it
+TOLERANCE = 1e-6  # stop when a round lowers the loss by less than this part of it
 ROUNDS = 100
 
 
@@ -29,34 +29,6 @@ class Pair:
 
     left: Tensor
     right: Tensor
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One side of a stack in the space where the iterations run.
-
-    With fewer rows than dimensions that space is the span of the rows (exact, and much smaller); else the module's own.
-    """
-
-    rows: Tensor  # (R, d) the stack's own rows
-    work: Tensor  # (R, d') the same rows in the frame: (R, R) float64 when reduced
-
-    @staticmethod
-    def of(rows: Tensor) -> Frame:
-        return Frame(rows, triangle(rows) if rows.shape[0] < rows.shape[1] else rows)
-
-    def lift(self, x: Tensor) -> Tensor:
-        """(d', k) -> (d, k): back to the module's space."""
-        if self.work is self.rows:
-            return x
-        solved = torch.linalg.solve_triangular(self.work.T, x, upper=True)
-        return (self.rows.T.double() @ solved).to(self.rows.dtype)
-
-    def lower(self, x: Tensor) -> Tensor:
-        """(d, k) -> (d', k): the part of x in the frame."""
-        if self.work is self.rows:
-            return x
-        return torch.linalg.solve_triangular(self.work, (self.rows @ x).double(), upper=False)
 
 
 def leading(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, float]:
@@ -77,59 +49,65 @@ def leading(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, f
         basis = torch.eye(d, dtype=start.dtype, device=start.device)
         small = apply(basis)
     else:
-        once = apply(start)
-        basis = orthonormal(torch.cat([start, once, apply(once)], dim=1))
-        small = basis.T @ apply(basis)
+        basis, images = start, apply(start)
+        for _ in range(2):
+            # The QR leaves the columns that are orthonormal already as they are, up to their sign.
+            new = orthonormal(torch.cat([basis, images[:, -k:]], dim=1))[:, -k:]
+            basis, images = torch.cat([basis, new], dim=1), torch.cat([images, apply(new)], dim=1)
+        small = basis.T @ images
     values, vectors = torch.linalg.eigh((small + small.T).double() / 2)
     top = vectors[:, -k:].flip(1).to(start.dtype)
     return (top if len(small) == d else basis @ top), float(values[-k:].sum())
 
 
-def principal(rows: Tensor, columns: int) -> Tensor:
-    """The `columns` leading right singular vectors of rows (R, d), as (d, columns) orthonormal.
+def _principal(frame: Frame, columns: int) -> Tensor:
+    """The `columns` leading right singular vectors of the frame's rows, in the frame: (d', columns), columns <= d'.
 
     The Krylov path starts from random directions of the module's own space, seeded by its size: a start taken from the
     rows would depend on the order of the adapters.
     """
-    frame = Frame.of(rows)
-    work = frame.work
-    generator = torch.Generator().manual_seed(rows.shape[1])
-    start = torch.randn(rows.shape[1], columns, generator=generator).to(rows)
-    x = orthonormal(frame.lower(start)) if columns <= work.shape[1] else work.new_zeros(work.shape[1], 0)
-    if x.shape[1] < columns:  # more directions asked for than there are rows: the span, then the random ones
-        x, _ = leading(
-            lambda y: work.T @ (work @ y), torch.eye(work.shape[1], dtype=work.dtype, device=work.device)
-        )
-        return orthonormal(torch.cat([frame.lift(x), start], dim=1))[:, :columns]
-    energy = 0.0
+    work, width = frame.work, frame.rows.shape[1]
+    generator = torch.Generator().manual_seed(width)
+    start = torch.randn(width, columns, generator=generator).to(frame.rows)
+    x, energy = orthonormal(frame.lower(start)), 0.0
     for _ in range(ROUNDS):
         previous = energy
         x, energy = leading(lambda y: work.T @ (work @ y), x)
         if energy - previous <= 1e-4 * energy:
             break
-    return orthonormal(frame.lift(x))
+    return x
+
+
+def principal(frame: Frame, columns: int) -> Tensor:
+    """The `columns` leading right singular vectors of the frame's rows (R, d), as (d, columns) orthonormal.
+
+    Where there are fewer rows than that, random directions orthogonal to them fill up.
+    """
+    width = frame.rows.shape[1]
+    within = min(columns, frame.work.shape[1])
+    found = frame.lift(_principal(frame, within))
+    if within == columns:
+        return orthonormal(found)
+    more = torch.randn(width, columns - within, generator=torch.Generator().manual_seed(width)).to(found)
+    return orthonormal(torch.cat([found, more], dim=1))
 
 
 def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     """Fit one shared orthonormal pair to all adapters of a module (JD-Full, arXiv 2407.00066 §3.1, alternating).
 
     U <- the leading left singular vectors of [D_1 V ... D_n V], V <- those of [D_1^T U ...], until a round lowers the
-    loss by less than 1e-5 of it. The loss never rises. From the top singular vectors of [D_1 ... D_n] (Tucker's HOSVD)
+    loss by less than 1e-6 of it. The loss never rises. From the top singular vectors of [D_1 ... D_n] (Tucker's HOSVD)
     unless a start is given.
 
     Args:
         stack: n weighted matrices in balanced form (`canonical`).
-        rank: columns of U and V; U has min(rank, out), V min(rank, in).
-        start: a pair of that size to continue from.
+        rank: columns of U and V; U has min(rank, out), V min(rank, in), or what the adapters span where that is less.
+        start: a pair to continue from, of any number of columns.
     """
-    a, b = min(rank, stack.left.shape[1]), min(rank, stack.right.shape[1])
-    if start is None:
-        # Balanced rows have squared length s_j, so rows times their length are s_j u_j: the stacked D's own factor.
-        start = Pair(principal(_lengthened(stack.left), a), principal(_lengthened(stack.right), b))
-    left, right = Frame.of(stack.left), Frame.of(stack.right)
-    a, b = min(a, left.work.shape[1]), min(b, right.work.shape[1])
-    u, v = orthonormal(left.lower(start.left))[:, :a], orthonormal(right.lower(start.right))[:, :b]
-    total = float(norms2(stack).sum())
+    left, right = stack.frames
+    u = _first(left, rank, None if start is None else start.left)
+    v = _first(right, rank, None if start is None else start.right)
+    total = float(stack.energies.sum())
     loss = total
     for _ in range(ROUNDS):
         previous = loss
@@ -141,8 +119,15 @@ def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     return Pair(orthonormal(left.lift(u)), orthonormal(right.lift(v)))
 
 
-def _lengthened(rows: Tensor) -> Tensor:
-    return rows * rows.norm(dim=1, keepdim=True)
+def _first(frame: Frame, rank: int, start: Tensor | None) -> Tensor:
+    """(d', columns) to begin with: the start's directions, then the leading ones of the stacked D_i (or their span)."""
+    columns = min(rank, frame.work.shape[1])
+    given = orthonormal(frame.lower(start))[:, :columns] if start is not None else frame.work.new_zeros(len(frame.work.T), 0)
+    if given.shape[1] == columns:
+        return given
+    # Balanced rows have squared length s_j, so rows times their length are s_j u_j: the stacked D's own factor.
+    found = _principal(frame.scaled(frame.work.norm(dim=1, keepdim=True)), columns)
+    return orthonormal(torch.cat([given, found], dim=1))[:, :columns]
 
 
 def _half(stack: Stack, rows: Tensor, fixed: Tensor) -> Callable[[Tensor], Tensor]:
@@ -191,10 +176,10 @@ def fit_diagonal(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     """
     if start is None:
         start = _diagonal_start(stack, min(rank, sum(stack.ranks)))
-    left, right = Frame.of(stack.left), Frame.of(stack.right)
+    left, right = stack.frames
     u, v = left.lower(start.left).double(), right.lower(start.right).double()
     lw, rw = left.work.double(), right.work.double()
-    total = float(norms2(stack).sum())
+    total = float(stack.energies.sum())
     loss = total
     for _ in range(ROUNDS):
         previous = loss

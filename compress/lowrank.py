@@ -4,21 +4,23 @@ One module of n adapters is a `Stack`: the rows of all left factors under each o
 likewise, D_i = left_i^T right_i. Products with a tall thin matrix are then one large GEMM over all adapters, whatever
 their ranks; only what has no long side is padded to (n, r_max, ...).
 
-Everything is computed from Gram matrices in float64. Unlike the thin QR that METHODS.md starts from this is all GEMMs,
-so it batches over adapters and runs as well on a GPU; float32 factors have 24 bits and the squares fit into 53, so
-singular values down to 1e-8 of the largest are right.
+Everything is computed from Gram matrices in float64. Unlike thin QRs this is all GEMMs, so it batches over adapters and
+runs as well on a GPU; float32 factors have 24 bits and the squares fit into 53, so singular values down to 1e-8 of the
+largest are right. Only factors that nearly cancel, ||B|| ||A|| far above ||BA||, need a QR first (`untangled`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 8_000_000  # float64 work space of 64 MB
+CHUNK_ELEMENTS = 1_000_000  # float64 work space of 64 MB
+PRECISE = 2**19  # elements up to which iterations run in float64: rounding then decides nothing, not even when to stop
+CANCELLING = 100.0  # from ||B||^2 ||A||^2 = CANCELLING r ||BA||^2 on, Gram matrices lose too many digits
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,18 @@ class Stack:
     """n low-rank matrices of one module, D_i = left_i^T right_i with R = sum of their ranks.
 
     Attributes:
-        left: (R, out) rows are the columns of the left factors, scale folded in.
+        left: (R, out) rows are the columns of the left factors.
         right: (R, in).
         ranks: rank of each adapter, in order; rows of adapter i follow those of i - 1.
+        known: (n,) ||D_i||^2 float64 where they are known already.
+        source: the stack of which this one is a scaling, and the (n,) factors: frames are taken from there.
     """
 
     left: Tensor
     right: Tensor
     ranks: tuple[int, ...]
+    known: Tensor | None = field(default=None, repr=False)
+    source: tuple[Stack, Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -50,6 +56,31 @@ class Stack:
         for rank in self.ranks:
             starts.append(starts[-1] + rank)
         return tuple(starts)
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """||D_i||^2, (n,) float64."""
+        return norms2(self) if self.known is None else self.known
+
+    @cached_property
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """left_i left_i^T and right_i right_i^T of every adapter, (n, r_max, r_max) each, float64."""
+        pairs = []
+        for chunk in self.chunks():
+            left, right = chunk.pad(chunk.left).double(), chunk.pad(chunk.right).double()
+            missing = self.width - chunk.width
+            pairs.append([torch.nn.functional.pad(x @ x.mT, (0, missing, 0, missing)) for x in (left, right)])
+        lefts, rights = zip(*pairs, strict=True)
+        return torch.cat(lefts), torch.cat(rights)
+
+    @cached_property
+    def frames(self) -> tuple[Frame, Frame]:
+        """The two sides as the iterations see them."""
+        if self.source is None:
+            return Frame.of(self.left), Frame.of(self.right)
+        stack, factors = self.source
+        roots = self.repeat_rows(factors.sqrt()[:, None])
+        return stack.frames[0].scaled(roots), stack.frames[1].scaled(roots)
 
     @cached_property
     def _slots(self) -> Tensor | None:
@@ -81,12 +112,14 @@ class Stack:
         """The sub-stack of these adapters, in this order (rows are copied)."""
         rows = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in indices])
         rows = rows.to(self.left.device)
-        return Stack(self.left[rows], self.right[rows], tuple(self.ranks[i] for i in indices))
+        known = None if self.known is None else self.known[list(indices)]
+        return Stack(self.left[rows], self.right[rows], tuple(self.ranks[i] for i in indices), known)
 
     def scaled(self, factors: Tensor) -> Stack:
         """D_i -> factors_i D_i, factors (n,) nonnegative, half on each side so that balanced rows stay balanced."""
         roots = self.repeat_rows(factors.sqrt().to(self.left.dtype)[:, None])
-        return replace(self, left=self.left * roots, right=self.right * roots)
+        known = None if self.known is None else self.known * factors.square()
+        return Stack(self.left * roots, self.right * roots, self.ranks, known, (self, factors))
 
     def chunks(self) -> Iterator[Stack]:
         """Runs of adapters whose padded float64 copies stay within the work space."""
@@ -98,20 +131,9 @@ class Stack:
             yield Stack(self.left[rows], self.right[rows], self.ranks[first:last])
 
 
-def grams(stack: Stack) -> tuple[Tensor, Tensor]:
-    """left_i left_i^T and right_i right_i^T of every adapter, (n, r_max, r_max) each, float64."""
-    pairs = []
-    for chunk in stack.chunks():
-        left, right = chunk.pad(chunk.left).double(), chunk.pad(chunk.right).double()
-        gram = (left @ left.mT, right @ right.mT)
-        missing = stack.width - chunk.width
-        pairs.append(tuple(torch.nn.functional.pad(g, (0, missing, 0, missing)) for g in gram))
-    return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
-
-
 def norms2(stack: Stack) -> Tensor:
     """||D_i||_F^2 = tr(left_i left_i^T right_i right_i^T), (n,) float64."""
-    left, right = grams(stack)
+    left, right = stack.grams
     return (left * right).sum((1, 2)).clamp_min(0)
 
 
@@ -143,11 +165,11 @@ def canonical(stack: Stack) -> tuple[Stack, Tensor]:
     (B -> BG, A -> G^-1 A) beyond rounding.
 
     Returns:
-        the stack in balanced form (same ranks), and the singular values (n, r_max) float64, zero where padded.
+        the stack in balanced form (same ranks, float32), and the singular values (n, r_max) float64, zero where padded.
     """
-    gram_left, gram_right = grams(stack)
-    half_left, inverse_left = _roots(gram_left)
-    half_right, inverse_right = _roots(gram_right)
+    stack = untangled(stack)
+    half_left, inverse_left = _roots(stack.grams[0])
+    half_right, inverse_right = _roots(stack.grams[1])
     x, sigma, yt = torch.linalg.svd(half_left @ half_right.mT)
     root = sigma.sqrt()[:, :, None]
     turn_left = root * (x.mT @ inverse_left)  # (n, r, r), new rows = turn @ old rows
@@ -155,10 +177,31 @@ def canonical(stack: Stack) -> tuple[Stack, Tensor]:
     lefts, rights, at = [], [], 0
     for chunk in stack.chunks():
         turn = slice(at, at + len(chunk)), slice(chunk.width), slice(chunk.width)
-        lefts.append(chunk.unpad(turn_left[turn].to(stack.left.dtype) @ chunk.pad(chunk.left)))
-        rights.append(chunk.unpad(turn_right[turn].to(stack.left.dtype) @ chunk.pad(chunk.right)))
+        lefts.append(chunk.unpad(turn_left[turn].to(chunk.left.dtype) @ chunk.pad(chunk.left)).float())
+        rights.append(chunk.unpad(turn_right[turn].to(chunk.right.dtype) @ chunk.pad(chunk.right)).float())
         at += len(chunk)
-    return Stack(torch.cat(lefts), torch.cat(rights), stack.ranks), sigma
+    return Stack(torch.cat(lefts), torch.cat(rights), stack.ranks, sigma.square().sum(1)), sigma
+
+
+def untangled(stack: Stack) -> Stack:
+    """The same matrices with rows that do not cancel.
+
+    Factors in a bad gauge are large where their product is small. Their left^T = Q T gives D_i = Q (T right), which has
+    no such cancellation. Adapters that need none of this, which is nearly all, keep their rows.
+    """
+    left, right = stack.grams
+    sizes = left.diagonal(dim1=1, dim2=2).sum(1) * right.diagonal(dim1=1, dim2=2).sum(1)
+    tangled = (sizes > CANCELLING * stack.width * stack.energies).nonzero()[:, 0].tolist()
+    if not tangled:
+        return stack
+    rows_left, rows_right = stack.left.clone(), stack.right.clone()
+    for i in tangled:
+        rows = slice(stack.starts[i], stack.starts[i + 1])
+        q, t = torch.linalg.qr(stack.left[rows].double().T)
+        missing = stack.ranks[i] - len(t)  # more rows than dimensions: the rest is zero
+        rows_left[rows] = torch.nn.functional.pad(q.T, (0, 0, 0, missing)).to(rows_left.dtype)
+        rows_right[rows] = torch.nn.functional.pad(t @ stack.right[rows].double(), (0, 0, 0, missing)).to(rows_right.dtype)
+    return Stack(rows_left, rows_right, stack.ranks)
 
 
 def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,26 +217,77 @@ def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     return roots * vectors.mT, inverse * vectors.mT
 
 
-def triangle(rows: Tensor) -> Tensor:
-    """T (R, R) lower triangular float64 with T T^T = rows rows^T: the rows in an orthonormal frame of their span.
+@dataclass(frozen=True)
+class Frame:
+    """One side of a stack in the space where iterations run.
 
-    For R < d this is the exact reduction of METHODS.md §2 ("QR of the stacked factors") by Cholesky. A ridge near
-    rounding keeps dependent rows (copies of one adapter) from failing; it moves D by less than 1e-7 of its size.
+    With clearly fewer rows than dimensions that is the span of the rows ("QR of the stacked factors", METHODS.md §2; exact, and
+    much smaller): rows = diag(lengths) T Q^T with T lower triangular, Q (d, R) orthonormal and never formed. Else it is
+    the module's own space.
+
+    Attributes:
+        rows: (R, d) the rows of the stack.
+        lengths: (R, 1) their norms, 1 for zero rows.
+        triangle: T (R, R) float64, or None where nothing is reduced.
+        work: (R, d') the rows in the frame.
     """
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, len(rows)))
-    for start in range(0, rows.shape[1], step):
-        part = rows[:, start : start + step].double()
-        gram.addmm_(part, part.T)
-    size = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    ridge = 1e-15
-    while True:
-        factor, info = torch.linalg.cholesky_ex(
-            gram + ridge * size * torch.eye(len(gram), device=gram.device)
-        )
-        if int(info) == 0:
-            return factor
-        ridge *= 10
+
+    rows: Tensor
+    lengths: Tensor
+    triangle: Tensor | None
+    work: Tensor
+
+    @staticmethod
+    def of(rows: Tensor) -> Frame:
+        """The frame of the span of rows (R, d).
+
+        T comes from a Cholesky of the Gram matrix of the rows at unit length (adapters may differ in strength by any
+        factor). A ridge near rounding keeps dependent rows, copies of one adapter, from failing.
+        """
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        lengths = torch.where(lengths > 0, lengths, 1)
+        if 4 * rows.shape[0] > 3 * rows.shape[1]:
+            return Frame(rows, lengths, None, rows.double() if rows.numel() <= PRECISE else rows)
+        unit = _gram(rows) / (lengths * lengths.T)
+        identity = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+        ridge = 1e-15
+        while True:
+            triangle, info = torch.linalg.cholesky_ex(unit + ridge * identity)
+            if int(info) == 0:
+                work = lengths * triangle
+                return Frame(rows, lengths, triangle, work if work.numel() <= PRECISE else work.to(rows.dtype))
+            ridge *= 10
+
+    def scaled(self, factors: Tensor) -> Frame:
+        """The frame of factors * rows, factors (R, 1): the same basis."""
+        return replace(self, work=self.work * factors.to(self.work.dtype))
+
+    def lift(self, x: Tensor) -> Tensor:
+        """(d', k) -> (d, k): back to the module's space."""
+        if self.triangle is None:
+            return x.to(self.rows.dtype)
+        solved = torch.linalg.solve_triangular(self.triangle.T, x.double(), upper=True) / self.lengths
+        return self.rows.T @ solved.to(self.rows.dtype)
+
+    def lower(self, x: Tensor) -> Tensor:
+        """(d, k) -> (d', k): the part of x in the frame."""
+        if self.triangle is None:
+            return x.to(self.work.dtype)
+        inner = (self.rows @ x).double() / self.lengths
+        return torch.linalg.solve_triangular(self.triangle, inner, upper=False).to(self.work.dtype)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows rows^T (R, R) float64; block by block of the lower half, the rest is its mirror."""
+    count, step = len(rows), max(1, len(rows) // 8)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+    width = max(1, CHUNK_ELEMENTS // max(1, count))
+    for first in range(0, rows.shape[1], width):
+        part = rows[:, first : first + width].double()
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            gram[start:end, :end].addmm_(part[start:end], part[:end].T)
+    return gram.tril() + gram.tril(-1).T
 
 
 def orthonormal(columns: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from lorazip import manifest as manifests
 from lorazip.bundle import MANIFEST
 from lorazip.compress.assemble import skipped
 from lorazip.compress.spec import Spec
-from lorazip.errors import TargetError
+from lorazip.errors import LorazipError, TargetError
 from lorazip.files import flush, locked, write_bytes
 from lorazip.peft_keys import WEIGHTS_FILE
 from lorazip.sources import Inputs
@@ -103,7 +103,13 @@ def working(output: Path, job: str, resume: bool, force: bool) -> Iterator[Path]
                     )
                 _clear(partial, output)
             write_bytes(partial / NOTE, json.dumps({"job": job}).encode())
-        yield partial
+        try:
+            yield partial
+        except TargetError:
+            raise  # no room, say: with some it can go on
+        except LorazipError:  # of the options or inputs: a resumed run would meet it again
+            discard(partial, output)
+            raise
 
 
 def _owner(partial: Path) -> str | None:

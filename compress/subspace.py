@@ -25,9 +25,10 @@ def fit(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     Args:
         stack: n weighted matrices in balanced form; their rows are the factors to be stacked.
     """
+    left, right = stack.frames
     return Pair(
-        principal(stack.left, min(rank, stack.left.shape[1])),
-        principal(stack.right, min(rank, stack.right.shape[1])),
+        principal(left, min(rank, stack.left.shape[1])),
+        principal(right, min(rank, stack.right.shape[1])),
     )
 
 

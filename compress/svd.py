@@ -16,12 +16,16 @@ from lorazip.errors import CodecError
 from lorazip.terms import Core, Form, Own, Term, own_slots
 
 
+MARGIN = 1e-9  # of a bound, so that the rounding of float64 sums cannot cross it
+
+
 @dataclass(frozen=True)
 class OwnFactors:
     """One adapter's own term of one module, as stored."""
 
     form: Form
     tensors: tuple[Tensor, ...]  # as stored, before the codec
+    exact: bool = False  # the original bit for bit: its error is zero, whatever the decoder rounds
 
 
 def least_ranks(sigma: Tensor, allowed: Tensor) -> Tensor:
@@ -39,11 +43,10 @@ def truncated(left: Tensor, right: Tensor, rank: int, dtype: str) -> OwnFactors:
 
 
 def original(factor: LowRank) -> OwnFactors:
-    """The adapter's B and A as they were trained, in their own type; the scale goes into the form exactly."""
-    dtype = str(factor.B.dtype).removeprefix("torch.")
+    """The adapter's B and A as they were trained, in their own types; the scale goes into the form exactly."""
     rank = factor.A.shape[0]
-    term = Term(Own(rank, dtype), Core("scalar", value=factor.scale), Own(rank, dtype))
-    return OwnFactors((term,), (factor.B.T, factor.A))
+    left, right = (Own(rank, str(t.dtype).removeprefix("torch.")) for t in (factor.B, factor.A))
+    return OwnFactors((Term(left, Core("scalar", value=factor.scale), right),), (factor.B.T, factor.A), exact=True)
 
 
 def nbytes(form: Form, out: int, in_: int) -> int:
@@ -65,28 +68,28 @@ def within(
     """
     whole = original(factor)
     out, in_ = factor.B.shape[0], factor.A.shape[1]
-    rank = int(least_ranks(sigma[None], torch.tensor([allowed]).to(sigma)))
+    rank = int(least_ranks(sigma[None], sigma.new_tensor([allowed])))
     while rank <= left.shape[0]:
         cut = truncated(left, right, rank, dtype)
         if nbytes(cut.form, out, in_) >= nbytes(whole.form, out, in_):
             break
-        try:
-            stored = [
-                slot.decode(slot.encode(t))
-                for slot, t in zip(own_slots(cut.form, (), out, in_), cut.tensors, strict=True)
-            ]
-        except CodecError:
-            break  # too large for the codec: only the original type holds it
-        rounding = _rounding(left[:rank], right[:rank], stored) if rank else 0.0
-        if float(sigma[rank:].square().sum()) + rounding <= allowed:
+        if residual(cut, factor) <= (1 - MARGIN) * allowed:
             return cut
         rank += 1
     return whole
 
 
-def _rounding(left: Tensor, right: Tensor, stored: list[Tensor]) -> float:
-    """||L R^T - L^ R^^T||^2 of one adapter with the rounded rows, which adds to the error of the cut."""
-    a, b = left.double(), right.double()
-    c, d = (t.to(left.device).double() for t in stored)
-    rows, cols = torch.cat([a, -c]), torch.cat([b, d])
-    return float(((rows @ rows.T) * (cols @ cols.T)).sum().clamp_min(0))
+def residual(cut: OwnFactors, factor: LowRank) -> float:
+    """||D^ - D||^2 of one adapter's truncated factors as stored; infinite where the codec cannot hold them."""
+    out, in_ = factor.B.shape[0], factor.A.shape[1]
+    device = cut.tensors[0].device if cut.tensors else factor.A.device
+    rows, cols = [factor.B.T.to(device).double() * factor.scale], [factor.A.to(device).double()]
+    try:
+        stored = [s.decode(s.encode(t)) for s, t in zip(own_slots(cut.form, (), out, in_), cut.tensors, strict=True)]
+    except CodecError:
+        return float("inf")
+    if stored:
+        rows.append(-stored[0].to(device).double())
+        cols.append(stored[1].to(device).double())
+    left, right = torch.cat(rows), torch.cat(cols)
+    return float(((left @ left.T) * (right @ right.T)).sum().clamp_min(0))

@@ -1,4 +1,7 @@
-"""Prints docs/COMMANDS.md, the help of every command: .venv/bin/python docs/commands.py > docs/COMMANDS.md"""
+"""Prints docs/COMMANDS.md, the help of every command.
+
+.venv/bin/python docs/commands.py > docs/COMMANDS.md
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from lorazip.cli import group
 WIDTH = 100
 HEAD = """# Commands
 
-The help of every command, made by `.venv/bin/python docs/commands.py > docs/COMMANDS.md`; a test checks that it is current.
-What the commands are for, with examples that run: [README.md](../README.md).
+The help of every command, made by `.venv/bin/python docs/commands.py > docs/COMMANDS.md`; a test checks that it is
+current. What the commands are for, with examples that run: [README.md](../README.md).
 """
 
 

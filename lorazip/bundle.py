@@ -185,14 +185,14 @@ class Bundle:
         if not os.path.lexists(path):
             raise UsageError(f"{path} does not exist")
         try:
-            if not stat.S_ISREG((path / MANIFEST).stat().st_mode):  # opening a pipe would wait for ever
+            status = (path / MANIFEST).stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                 raise BundleError(f"{path} is not a bundle: {MANIFEST} is not a regular file")
-            with (path / MANIFEST).open("rb") as file:
-                data = file.read(manifests.MAX_MANIFEST + 1)
+            if status.st_size > manifests.MAX_MANIFEST:
+                raise BundleError(f"{path}: {MANIFEST} has more than {manifests.MAX_MANIFEST} bytes")
+            data = (path / MANIFEST).read_bytes()
         except OSError as error:
             raise BundleError(f"{path} is not a bundle: {MANIFEST}: {error.strerror}") from error
-        if len(data) > manifests.MAX_MANIFEST:
-            raise BundleError(f"{path}: {MANIFEST} has more than {manifests.MAX_MANIFEST} bytes")
         try:
             return cls(path, manifests.loads(data), len(data))
         except BundleError as error:

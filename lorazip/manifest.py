@@ -207,7 +207,9 @@ def loads(data: bytes) -> Manifest:
     except FormatError as error:
         raise BundleError(f"bundle.json: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise BundleError(f"bundle.json is not a manifest of version {VERSION}: {repr(error)[:200]}") from error
+        raise BundleError(
+            f"bundle.json is not a manifest of version {VERSION}: {repr(error)[:200]}"
+        ) from error
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:

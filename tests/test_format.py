@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import PREFIX, MakeAdapter
 from golden import make, reader
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,9 +23,13 @@ from lorazip import cli, export
 from lorazip.bundle import Bundle
 from lorazip.errors import BundleError
 
+if TYPE_CHECKING:
+    from tests.conftest import MakeAdapter
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "v1").glob("*.lorazip"))
 ZOO = ROOT / "examples" / "zoo"
+PREFIX = "base_model.model."
 TINY = {"layers.0.k_proj": (8, 16), "layers.0.q_proj": (16, 16), "layers.1.q_proj": (16, 16)}
 
 
@@ -372,8 +376,6 @@ def test_keys_of_later_versions_are_ignored(victim: Path) -> None:
 
 
 def test_a_pipe_is_not_waited_for(victim: Path) -> None:
-    import os
-
     for name in ("shared.safetensors", "bundle.json"):
         (victim / name).unlink()
         os.mkfifo(victim / name)

@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     import transformers
 
 PROMPT = "### Instruction:\nShout.\n\n### Input:\ncab\n\n### Response:\n"
-WORDS = ["cab", "bad", "dab", "ace", "bed", "fed", "add", "bee", "fee", "dad", "cad", "fab"]
+WORDS = ["cab", "bad", "dab", "ace", "bed", "fed", "add", "bee", "fee", "dad", "cabbed", "facade"]
 
 
 def script() -> ModuleType:
@@ -170,14 +170,16 @@ def test_peft_loads_an_adapter_with_the_score_it_was_given(base: Path, data: Pat
     model = peft.PeftModel.from_pretrained(plain, str(tmp_path / "zoo" / "shout"))
 
     def loss() -> float:
-        """The mean loss as transformers computes it, one example at a time."""
-        losses = []
+        """The mean over all learned tokens, from transformers' own loss, one example at a time."""
+        total, tokens = 0.0, 0
         for example in test:
             ids = torch.tensor([example.tokens])
             labels = ids.clone()
             labels[:, : example.start] = -100
-            losses.append(model(input_ids=ids, labels=labels).loss.item())
-        return sum(losses) / len(losses)
+            count = len(example.tokens) - example.start
+            total += model(input_ids=ids, labels=labels).loss.item() * count
+            tokens += count
+        return total / tokens
 
     score = scores(tmp_path / "zoo")[0]
     assert loss() == pytest.approx(score["lora"]["loss"], abs=0.02)  # rounded to bfloat16

@@ -48,10 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         click.echo("interrupted (an unfinished compress can be continued with --resume)", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)  # whoever read our output left, as after SIGPIPE
-    except (
-        OSError
-    ) as error:  # of a kind that nobody foresaw; what is being written is whole or not there all the same
+    except OSError as error:
+        # Of a kind that nobody foresaw; what is being written is whole or not there all the same.
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(2)

@@ -65,9 +65,9 @@ def compress(
 ) -> None:
     """Compress LoRA adapters of one base model into one bundle.
 
-    PATH is a PEFT directory, a directory of them (at any depth), a glob, @list.txt, a Hub id (org/name[@revision]), or
-    NAME=PATH to choose a name. Without --rank, --energy and --max-error the paper's rule decides: up to 100 adapters one
-    basis of n/2 + 7 columns, above that 16 columns and as many clusters as needed.
+    PATH is a PEFT directory, a directory of them (at any depth), a glob, @list.txt, a Hub id (org/name[@revision]),
+    or NAME=PATH to choose a name. Without --rank, --energy and --max-error the paper's rule decides: up to 100
+    adapters one basis of n/2 + 7 columns, above that 16 columns and as many clusters as needed.
     """
     if output is None and not dry_run:
         raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")

@@ -56,7 +56,7 @@ def progress() -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    begun: dict[str, float] = {}
+    begun: dict[str, tuple[float, int]] = {}  # when the first step was reported, and which
     last = 0.0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
 
@@ -65,12 +65,13 @@ def progress() -> Iterator[Report]:
             now = time.monotonic()
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
-                begun[what], last = now, now
+                begun[what], last = (now, done), now
             bar.update(tasks[what], completed=done, total=total)
-            if not console.is_terminal and now - last >= SECONDS:
+            since, first = begun[what]
+            if not console.is_terminal and done > first and now - last >= SECONDS:
                 last = now
-                rate = done / max(now - begun[what], 1e-9)
-                left = units.duration((total - done) / max(rate, 1e-9))
+                rate = (done - first) / max(now - since, 1e-9)
+                left = units.duration((total - done) / rate)
                 click.echo(f"{what}: {done}/{total}, {rate:.1f}/s, {left} left", err=True)
 
         yield report

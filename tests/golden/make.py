@@ -12,11 +12,10 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from conftest import PREFIX, MakeAdapter
 from golden import reader
 
 import lorazip
@@ -28,7 +27,11 @@ from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.sources import fingerprint
 from lorazip.terms import Core, Form, Own, Shared, Term
 
+if TYPE_CHECKING:
+    from tests.conftest import MakeAdapter
+
 Streams = dict[str, list[float]]
+PREFIX = "base_model.model."
 BASE = "org/base"
 CONFIG = {"base_model_name_or_path": BASE, "lora_alpha": 8, "peft_type": "LORA", "r": 4}
 
@@ -163,6 +166,8 @@ def adapters(make: MakeAdapter) -> list[Path]:
 
 
 def main(target: Path) -> None:
+    from conftest import MakeAdapter
+
     target.mkdir(parents=True)  # fails when it is there: old fixtures are never made again
     example(target / "example.lorazip")
     forms(target / "forms.lorazip")
