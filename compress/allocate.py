@@ -1,7 +1,7 @@
 """How many columns the shared bases of one module get: given, by energy, or by a bound on every adapter's error.
 
-With a bound the rank is a trade: wider bases cost bytes for every adapter's core, narrower ones leave more adapters that
-must keep factors of their own. The cost counts both, and the least one wins.
+With a bound the rank is a trade: wider bases cost bytes for every adapter's core, narrower ones leave more adapters
+that must keep factors of their own. The cost counts both, and the least one wins.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ previous bases, and an adapter moves only to a basis that fits it better.
 
 Where we differ from the paper: its first partition is k-means on the normalised cores of one common fit. A common basis
 of few columns does not see most of the clusters, and the partition comes out lopsided, from which refitting cannot
-recover: adapters prefer the basis that was fitted to them. We start from what one adapter's own singular vectors hold of
-another, ||U_i^T D_j V_i||^2 / ||D_j||^2, which needs no common fit.
+recover: adapters prefer the basis that was fitted to them. We start from what one adapter's own singular vectors hold
+of another, ||U_i^T D_j V_i||^2 / ||D_j||^2, which needs no common fit.
 """
 
 from __future__ import annotations
@@ -77,7 +77,13 @@ class _State:
     def __init__(
         self, method: Method, stack: Stack, weights: Tensor, energies: Tensor, rank: int, labels: list[int]
     ):
-        self.method, self.stack, self.weights, self.energies, self.rank = method, stack, weights, energies, rank
+        self.method, self.stack, self.weights, self.energies, self.rank = (
+            method,
+            stack,
+            weights,
+            energies,
+            rank,
+        )
         self.labels = labels
         self.pairs: list[Pair] = []
         columns = []
@@ -155,7 +161,9 @@ def paper_clusters(method: Method, stack: Stack, weights: Tensor, energies: Tens
 
 
 def overlaps(stack: Stack, rank: int) -> Tensor:
-    """What the leading singular vectors of D_i (at most `rank`) hold of D_j: ||U_i^T D_j V_i||^2 / ||D_j||^2, (n, n) float32, CPU.
+    """What the leading singular vectors of D_i (at most `rank`) hold of D_j: ||U_i^T D_j V_i||^2 / ||D_j||^2.
+
+    (n, n) float32, on the CPU.
 
     Many rows are compared after one random projection of each side: products of vectors change by 1/sqrt(SKETCH) of
     their lengths, which tells related adapters from strangers.
@@ -173,7 +181,9 @@ def overlaps(stack: Stack, rank: int) -> Tensor:
     for first in range(0, n, step):
         some_u, some_v = u[first : first + step], v[first : first + step]
         shape = n, stack.width, len(some_u), r
-        one = stack.pad(left @ some_u.flatten(0, 1).T).view(shape).permute(2, 0, 3, 1)  # U_i^T left_j^T (c, n, r, r_j)
+        one = (
+            stack.pad(left @ some_u.flatten(0, 1).T).view(shape).permute(2, 0, 3, 1)
+        )  # U_i^T left_j^T (c, n, r, r_j)
         other = stack.pad(right @ some_v.flatten(0, 1).T).view(shape).permute(2, 0, 1, 3)
         found.append((one @ other).square().sum((2, 3)) / energies)
     return torch.cat(found).clamp_max(1).cpu()
@@ -183,7 +193,8 @@ def _sketched(rows: Tensor) -> Tensor:
     if rows.shape[0] <= EXACT_ROWS or rows.shape[1] <= SKETCH:
         return rows
     generator = torch.Generator().manual_seed(rows.shape[1])
-    return rows @ (torch.randn(rows.shape[1], SKETCH, generator=generator) / SKETCH**0.5).to(rows)
+    sketch: Tensor = torch.randn(rows.shape[1], SKETCH, generator=generator) / SKETCH**0.5
+    return rows @ sketch.to(rows)
 
 
 def partitions(overlap: Tensor, energies: Tensor, count: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.edit import changing, commit
-from lorazip.errors import Defect, InputError, TargetError
+from lorazip.errors import BundleError, Defect, InputError, TargetError
 from lorazip.files import Entry, flush, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Module
 from lorazip.names import folded
@@ -112,17 +113,20 @@ def join(
     """Encode adapters of one module on stored bases.
 
     Args:
-        module: with its layout: bases come in pairs, left at 2c and right at 2c + 1.
+        module: with its layout; what is tried are its left bases that a right one follows, as compress writes them.
         bases: decoded shared tensors, (columns, out) or (columns, in).
         factors: of the new adapters.
         spec: of the bundle, with the bound in max_error.
     """
     ready, loaded = encode.prepare(module.name, factors, spec)
-    if spec.method == "svd" or not bases:
+    starts = [
+        i for i, (one, two) in enumerate(pairwise(module.layout)) if (one.side, two.side) == ("left", "right")
+    ]
+    if spec.method == "svd" or not starts:
         own = [encode.own_factors(ready, i, _alone(spec), f) for i, f in enumerate(factors)]
         return encode.measured(ready, loaded, module.layout, (), own, bases)
     device = loaded.left.device
-    pairs = [Pair(bases[c].T.to(device), bases[c + 1].T.to(device)) for c in range(0, len(bases), 2)]
+    pairs = [Pair(bases[c].T.to(device), bases[c + 1].T.to(device)) for c in starts]
     errors = torch.stack(
         [METHODS[spec.method].residuals(ready.stack, p, ready.energies) for p in pairs], dim=1
     )
@@ -131,7 +135,7 @@ def join(
     for c, pair in enumerate(pairs):
         members = [i for i, choice in enumerate(best) if choice == c and ready.energies[i] > 0]
         if members:
-            found = encode.cores(ready.stack, members, pair, spec, (2 * c, 2 * c + 1))
+            found = encode.cores(ready.stack, members, pair, spec, (starts[c], starts[c] + 1))
             for i, core in zip(members, found, strict=True):
                 own[i] = core
     code = encode.measured(ready, loaded, module.layout, (), own, bases)
@@ -150,7 +154,12 @@ def _alone(spec: Spec) -> Spec:
 
 
 def _spec(bundle: Bundle, max_error: float | None, device: str) -> Spec:
-    spec = Spec(**{**bundle.manifest.options, "device": device})
+    try:
+        spec = Spec(**{**bundle.manifest.options, "device": device})
+    except TypeError as error:
+        raise BundleError(
+            f"{bundle.path}: its options {dict(bundle.manifest.options)} are not those of this lorazip (upgrade it)"
+        ) from error
     if spec.method == "svd" and max_error is None:
         return spec
     if max_error is None:

@@ -122,7 +122,11 @@ def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
 def _first(frame: Frame, rank: int, start: Tensor | None) -> Tensor:
     """(d', columns) to begin with: the start's directions, then the leading ones of the stacked D_i (or their span)."""
     columns = min(rank, frame.work.shape[1])
-    given = orthonormal(frame.lower(start))[:, :columns] if start is not None else frame.work.new_zeros(len(frame.work.T), 0)
+    given = (
+        orthonormal(frame.lower(start))[:, :columns]
+        if start is not None
+        else frame.work.new_zeros(len(frame.work.T), 0)
+    )
     if given.shape[1] == columns:
         return given
     # Balanced rows have squared length s_j, so rows times their length are s_j u_j: the stacked D's own factor.
@@ -165,11 +169,12 @@ def full_residuals(stack: Stack, pair: Pair, energies: Tensor) -> Tensor:
 
 def _gram_inverse(columns: Tensor) -> Tensor:
     gram = columns.double().T @ columns.double()
-    return torch.linalg.pinv(gram, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
+    return inverse
 
 
 def fit_diagonal(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
-    """Fit U (out, rank), V (in, rank) with diagonal cores (JD-Diag, arXiv 2407.00066 §3.2) by alternating least squares.
+    """Fit U (out, rank), V (in, rank) with diagonal cores by alternating least squares (JD-Diag, arXiv 2407.00066).
 
     From a JD-Full fit, turned by the singular vectors of its mean core; where more columns are asked for than a module
     has rows or columns, the strongest own components fill up, so that rank = sum of the ranks is lossless.
@@ -225,7 +230,8 @@ def _diagonals(
 def _normal_solve(target: Tensor, gram: Tensor) -> Tensor:
     """target @ gram^-1 with a ridge near rounding: columns of U may be dependent (METHODS.md §2)."""
     size = gram.diagonal().mean().clamp_min(1e-300)
-    return torch.linalg.solve(gram + 1e-10 * size * torch.eye(len(gram)).to(gram), target.T).T
+    solved: Tensor = torch.linalg.solve(gram + 1e-10 * size * torch.eye(len(gram)).to(gram), target.T)
+    return solved.T
 
 
 def _diagonal_start(stack: Stack, rank: int) -> Pair:

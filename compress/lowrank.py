@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1_000_000  # float64 work space of 64 MB
-PRECISE = 2**19  # elements up to which iterations run in float64: rounding then decides nothing, not even when to stop
+PRECISE = (
+    2**19
+)  # elements up to which iterations run in float64: rounding then decides nothing, not even when to stop
 CANCELLING = 100.0  # from ||B||^2 ||A||^2 = CANCELLING r ||BA||^2 on, Gram matrices lose too many digits
 
 
@@ -160,7 +162,7 @@ def _split(stack: Stack, other: Stack) -> Iterator[Stack]:
 def canonical(stack: Stack) -> tuple[Stack, Tensor]:
     """Balanced thin SVD of every D_i: left rows sqrt(s_j) u_j, right rows sqrt(s_j) v_j, s descending.
 
-    With G_L = left left^T = W_L E_L W_L^T and G_R alike, K = E_L^(1/2) W_L^T W_R E_R^(1/2) has the singular values of D,
+    With G_L = left left^T = W_L E_L W_L^T and G_R alike, K = E_L^(1/2) W_L^T W_R E_R^(1/2) has D's singular values,
     and its singular vectors turn the given rows into singular vectors of D. The result does not depend on the gauge
     (B -> BG, A -> G^-1 A) beyond rounding.
 
@@ -200,7 +202,9 @@ def untangled(stack: Stack) -> Stack:
         q, t = torch.linalg.qr(stack.left[rows].double().T)
         missing = stack.ranks[i] - len(t)  # more rows than dimensions: the rest is zero
         rows_left[rows] = torch.nn.functional.pad(q.T, (0, 0, 0, missing)).to(rows_left.dtype)
-        rows_right[rows] = torch.nn.functional.pad(t @ stack.right[rows].double(), (0, 0, 0, missing)).to(rows_right.dtype)
+        rows_right[rows] = torch.nn.functional.pad(t @ stack.right[rows].double(), (0, 0, 0, missing)).to(
+            rows_right.dtype
+        )
     return Stack(rows_left, rows_right, stack.ranks)
 
 
@@ -221,8 +225,8 @@ def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
 class Frame:
     """One side of a stack in the space where iterations run.
 
-    With clearly fewer rows than dimensions that is the span of the rows ("QR of the stacked factors", METHODS.md §2; exact, and
-    much smaller): rows = diag(lengths) T Q^T with T lower triangular, Q (d, R) orthonormal and never formed. Else it is
+    With clearly fewer rows than dimensions that is the span of the rows ("QR of the stacked factors", METHODS.md §2;
+    exact, and much smaller): rows = diag(lengths) T Q^T with T lower triangular, Q (d, R) orthonormal and never formed. Else it is
     the module's own space.
 
     Attributes:
@@ -255,7 +259,9 @@ class Frame:
             triangle, info = torch.linalg.cholesky_ex(unit + ridge * identity)
             if int(info) == 0:
                 work = lengths * triangle
-                return Frame(rows, lengths, triangle, work if work.numel() <= PRECISE else work.to(rows.dtype))
+                return Frame(
+                    rows, lengths, triangle, work if work.numel() <= PRECISE else work.to(rows.dtype)
+                )
             ridge *= 10
 
     def scaled(self, factors: Tensor) -> Frame:
@@ -267,14 +273,16 @@ class Frame:
         if self.triangle is None:
             return x.to(self.rows.dtype)
         solved = torch.linalg.solve_triangular(self.triangle.T, x.double(), upper=True) / self.lengths
-        return self.rows.T @ solved.to(self.rows.dtype)
+        lifted: Tensor = self.rows.T @ solved.to(self.rows.dtype)
+        return lifted
 
     def lower(self, x: Tensor) -> Tensor:
         """(d, k) -> (d', k): the part of x in the frame."""
         if self.triangle is None:
             return x.to(self.work.dtype)
         inner = (self.rows @ x).double() / self.lengths
-        return torch.linalg.solve_triangular(self.triangle, inner, upper=False).to(self.work.dtype)
+        lowered: Tensor = torch.linalg.solve_triangular(self.triangle, inner, upper=False)
+        return lowered.to(self.work.dtype)
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -292,4 +300,5 @@ def _gram(rows: Tensor) -> Tensor:
 
 def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis (d, k) of the span of columns (d, k)."""
-    return torch.linalg.qr(columns).Q
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis

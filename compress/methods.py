@@ -23,7 +23,7 @@ class Method:
     Attributes:
         fit: the shared pair for weighted adapters.
         residuals: ||D_i - D^_i||^2 (n,) of every adapter on a pair, with the best core.
-        core: which core an adapter keeps: "full" (stored factored where that is smaller), "diagonal" or "scalar" (none).
+        core: what an adapter keeps: "full" (stored factored where that is smaller), "diagonal", or "scalar" (nothing).
     """
 
     fit: Fit

@@ -1,8 +1,9 @@
 """Principal subspaces of many adapters (EigenLoRAx, arXiv 2502.04700 §3), with the corrections of METHODS.md §3.
 
-Per module and side, the K principal directions of all adapters' factors, V_B (out, K) and V_A (in, K); an adapter is its
-loadings on them, D_i = V_B (L_B L_A^T) V_A^T. Unlike the published code the factors are those of the balanced thin SVD of
-D_i, with the scale in (raw factors change with a meaningless gauge), and nothing is centred (the code drops the mean).
+Per module and side, the K principal directions of all adapters' factors, V_B (out, K) and V_A (in, K); an adapter is
+its loadings on them, D_i = V_B (L_B L_A^T) V_A^T. Unlike the published code the factors are those of the balanced thin
+SVD of D_i, with the scale in (raw factors change with a meaningless gauge), and nothing is centred (the code drops the
+mean).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ FOLDS = 5
 def fit(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     """The `rank` principal directions of both sides; V_B has min(rank, out) columns, V_A min(rank, in).
 
-    Asked for more directions than the adapters span, random orthonormal ones fill up (the paper's pseudo-components: room
-    for tasks that the few adapters at hand do not span). The fit is direct, so `start` is not used.
+    Asked for more directions than the adapters span, random orthonormal ones fill up (the paper's pseudo-components:
+    room for tasks that the few adapters at hand do not span). The fit is direct, so `start` is not used.
 
     Args:
         stack: n weighted matrices in balanced form; their rows are the factors to be stacked.

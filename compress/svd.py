@@ -15,7 +15,6 @@ from lorazip.adapter import LowRank
 from lorazip.errors import CodecError
 from lorazip.terms import Core, Form, Own, Term, own_slots
 
-
 MARGIN = 1e-9  # of a bound, so that the rounding of float64 sums cannot cross it
 
 
@@ -46,7 +45,9 @@ def original(factor: LowRank) -> OwnFactors:
     """The adapter's B and A as they were trained, in their own types; the scale goes into the form exactly."""
     rank = factor.A.shape[0]
     left, right = (Own(rank, str(t.dtype).removeprefix("torch.")) for t in (factor.B, factor.A))
-    return OwnFactors((Term(left, Core("scalar", value=factor.scale), right),), (factor.B.T, factor.A), exact=True)
+    return OwnFactors(
+        (Term(left, Core("scalar", value=factor.scale), right),), (factor.B.T, factor.A), exact=True
+    )
 
 
 def nbytes(form: Form, out: int, in_: int) -> int:
@@ -85,7 +86,9 @@ def residual(cut: OwnFactors, factor: LowRank) -> float:
     device = cut.tensors[0].device if cut.tensors else factor.A.device
     rows, cols = [factor.B.T.to(device).double() * factor.scale], [factor.A.to(device).double()]
     try:
-        stored = [s.decode(s.encode(t)) for s, t in zip(own_slots(cut.form, (), out, in_), cut.tensors, strict=True)]
+        stored = [
+            s.decode(s.encode(t)) for s, t in zip(own_slots(cut.form, (), out, in_), cut.tensors, strict=True)
+        ]
     except CodecError:
         return float("inf")
     if stored:

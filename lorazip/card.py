@@ -26,8 +26,8 @@ def adapter_card(base: str, errors: Mapping[str, float]) -> str:
     return f"""{_front(base, "peft")}
 # LoRA adapters out of a lorazip bundle
 
-Ordinary PEFT directories with the effect of the bundle's adapters. The error is the squared relative difference from the
-original adapter, measured when it was compressed.
+Ordinary PEFT directories with the effect of the bundle's adapters. The error is the squared relative difference from
+the original adapter, measured when it was compressed.
 
 | adapter | error |
 |---|---|

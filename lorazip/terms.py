@@ -3,8 +3,8 @@
     D_i = sum_t L_t C_t R_t^T
 
 per adapter i and module. L (out, a) and R (in, b) are shared by several adapters or the adapter's own; C (a, b) is
-full, diagonal, a product of two thin factors, or a number (1 for the identity). Every method of compression only encodes
-into this form; reading a bundle needs this file and nothing of them.
+full, diagonal, a product of two thin factors, or a number (1 for the identity). Every method of compression only
+encodes into this form; reading a bundle needs this file and nothing of them.
 """
 
 from __future__ import annotations

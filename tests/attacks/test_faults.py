@@ -35,6 +35,13 @@ SHAPES = {Q: (24, 24), K: (8, 24)}
 FULL = "No space left on device"
 
 
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    forking = Nursery()
+    yield forking
+    forking.close()
+
+
 @pytest.fixture
 def zoo(make_adapter: MakeAdapter) -> Path:
     """Two small adapters of two modules, so that a command has few steps."""

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -57,6 +58,7 @@ class Nursery:
         at: int = 0,
         below: Path = Path("/nowhere"),
         limit: int | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> Ended:
         """Run `lorazip ARGUMENTS`.
 
@@ -65,9 +67,15 @@ class Nursery:
                 disk is full from then on.
             below: only changes below this directory count as steps.
             limit: bytes that a file may have, as by `ulimit -f`.
+            environment: variables that the command sees changed; None removes one.
         """
         return self._order(
-            arguments=[str(a) for a in arguments], fault=fault, at=at, below=str(below), limit=limit
+            arguments=[str(a) for a in arguments],
+            fault=fault,
+            at=at,
+            below=str(below),
+            limit=limit,
+            environment=dict(environment or {}),
         )
 
     def signal(self, pid: int, number: signal.Signals) -> Ended:
@@ -120,6 +128,10 @@ def child(order: dict[str, Any], report: int) -> NoReturn:
     from lorazip.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for variable, value in order["environment"].items():
+        os.environ.pop(variable, None)
+        if value is not None:
+            os.environ[variable] = value
     if order["limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
     saboteur = Saboteur(order["fault"], order["at"], order["below"])
