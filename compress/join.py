@@ -31,6 +31,7 @@ from lorazip.names import folded
 from lorazip.sources import Inputs, fingerprint, open_adapters
 from lorazip.terms import Form, shared_indices
 
+BATCH = 16  # adapters whose own tensors are held in memory at a time
 Progress = Callable[[str, int, int], None]
 
 
@@ -68,31 +69,10 @@ def add(
         known = {m.name: m for m in bundle.manifest.modules}
         fresh = [Module(n, o, i, ()) for n, (o, i) in inputs.modules.items() if n not in known]
         modules = (*bundle.manifest.modules, *fresh)
-        forms: dict[str, list[Form | None]] = {a.name: [None] * len(modules) for a in inputs.adapters}
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        sums = {a.name: [0.0, 0.0] for a in inputs.adapters}
-        for index, module in enumerate(modules):
-            having = [a for a in inputs.adapters if module.name in a.modules]
-            if having:
-                factors = [a.low_rank(module.name) for a in having]
-                bases = bundle.shared(index, range(len(module.layout))) if module.layout else {}
-                code = join(module, bases, factors, spec)
-                rows = zip(having, code.forms, code.own, code.residuals, code.energies, strict=True)
-                for adapter, form, own, residual, energy in rows:
-                    forms[adapter.name][index] = form
-                    parts[adapter.name] += own
-                    sums[adapter.name][0] += float(residual)
-                    sums[adapter.name][1] += float(energy)
-            progress("joining", index + 1, len(modules))
-        records = []
-        for adapter in inputs.adapters:
-            residual, energy = sums[adapter.name]
-            file = _write(path, adapter, parts[adapter.name])
-            error = float(f"{residual / energy if energy else 0.0:.8g}")
-            own_forms = tuple(forms[adapter.name])
-            records.append(
-                AdapterRecord(adapter.name, adapter.config, own_forms, error, adapter.nbytes, file)
-            )
+        records: list[AdapterRecord] = []
+        for start in range(0, len(inputs.adapters), BATCH):
+            records += _joined(bundle, modules, inputs.adapters[start : start + BATCH], spec)
+            progress("joining", len(records), len(inputs.adapters))
         missing: tuple[None, ...] = (None,) * len(fresh)
         old = (replace(a, forms=(*a.forms, *missing)) for a in bundle.manifest.adapters)
         commit(
@@ -105,6 +85,35 @@ def add(
             ),
         )
     return Bundle.open(path), inputs
+
+
+def _joined(
+    bundle: Bundle, modules: Sequence[Module], adapters: Sequence[Adapter], spec: Spec
+) -> list[AdapterRecord]:
+    """Encode some adapters, module by module, and write their files."""
+    forms: dict[str, list[Form | None]] = {a.name: [None] * len(modules) for a in adapters}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    sums = {a.name: [0.0, 0.0] for a in adapters}
+    for index, module in enumerate(modules):
+        having = [a for a in adapters if module.name in a.modules]
+        if having:
+            factors = [a.low_rank(module.name) for a in having]
+            bases = bundle.shared(index, range(len(module.layout))) if module.layout else {}
+            code = join(module, bases, factors, spec)
+            rows = zip(having, code.forms, code.own, code.residuals, code.energies, strict=True)
+            for adapter, form, own, residual, energy in rows:
+                forms[adapter.name][index] = form
+                parts[adapter.name] += own
+                sums[adapter.name][0] += float(residual)
+                sums[adapter.name][1] += float(energy)
+    records = []
+    for adapter in adapters:
+        residual, energy = sums[adapter.name]
+        file = _write(bundle.path, adapter, parts.pop(adapter.name, []))
+        error = float(f"{residual / energy if energy else 0.0:.8g}")
+        own_forms = tuple(forms[adapter.name])
+        records.append(AdapterRecord(adapter.name, adapter.config, own_forms, error, adapter.nbytes, file))
+    return records
 
 
 def join(

@@ -226,8 +226,8 @@ class Frame:
     """One side of a stack in the space where iterations run.
 
     With clearly fewer rows than dimensions that is the span of the rows ("QR of the stacked factors", METHODS.md §2;
-    exact, and much smaller): rows = diag(lengths) T Q^T with T lower triangular, Q (d, R) orthonormal and never formed. Else it is
-    the module's own space.
+    exact, and much smaller): rows = diag(lengths) T Q^T with T lower triangular, Q (d, R) orthonormal and never formed.
+    Else it is the module's own space.
 
     Attributes:
         rows: (R, d) the rows of the stack.

@@ -26,13 +26,22 @@ Fault = Literal["", "kill", "stop", "interrupt", "full"]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. `code` is its exit code, or minus the signal that killed or stopped it; `steps` it made."""
+    """How a command ended.
+
+    Attributes:
+        pid: its process.
+        code: its exit code, or minus the signal that killed or stopped it.
+        out, err: what it printed.
+        steps: how many steps it took.
+        peak: bytes of anonymous memory at most.
+    """
 
     pid: int
     code: int
-    out: str
-    err: str
-    steps: int
+    out: str = ""
+    err: str = ""
+    steps: int = 0
+    peak: int = 0
 
 
 class Nursery:
@@ -124,8 +133,9 @@ class Saboteur:
 
 
 def child(order: dict[str, Any], report: int) -> NoReturn:
-    """In the forked process: run the command with its fault, and tell the steps it took."""
+    """In the forked process: run the command with its fault, and tell what it took."""
     from lorazip.cli import main
+    from lorazip.memory import PeakMemory
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for variable, value in order["environment"].items():
@@ -137,15 +147,17 @@ def child(order: dict[str, Any], report: int) -> NoReturn:
     saboteur = Saboteur(order["fault"], order["at"], order["below"])
     sys.addaudithook(saboteur)
     code = 70
+    memory = PeakMemory()
     try:
-        main(order["arguments"])
+        with memory:
+            main(order["arguments"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(report, b"%d" % saboteur.steps)
+    os.write(report, b"%d %d" % (saboteur.steps, memory.peak))
     os._exit(code)
 
 
@@ -158,7 +170,7 @@ def serve() -> None:
     """Read orders from stdin, one a line, and answer each on stdout when its child has ended or stopped."""
     import lorazip.cli  # noqa: F401 - what all children share
 
-    running: dict[int, list[int]] = {}  # pid -> the pipes that its output, errors and steps come through
+    running: dict[int, list[int]] = {}  # pid -> the pipes that its output, errors and figures come through
     for line in sys.stdin:
         order = json.loads(line)
         if "signal" in order:
@@ -176,11 +188,11 @@ def serve() -> None:
             running[pid] = [end for end, _ in pipes]
         _, status = os.waitpid(pid, os.WUNTRACED)
         if os.WIFSTOPPED(status):
-            answer = Ended(pid, -os.WSTOPSIG(status), "", "", 0)
+            answer = Ended(pid, -os.WSTOPSIG(status))
         else:
             # What commands say here is short: it waits in the pipes.
-            out, err, steps = (read(end) for end in running.pop(pid))
-            answer = Ended(pid, os.waitstatus_to_exitcode(status), out, err, int(steps or 0))
+            out, err, figures = (read(end) for end in running.pop(pid))
+            answer = Ended(pid, os.waitstatus_to_exitcode(status), out, err, *map(int, figures.split()))
         print(json.dumps(asdict(answer)), flush=True)
 
 
