@@ -6,7 +6,7 @@ that must keep factors of their own. The cost counts both, and the least one win
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,10 @@ from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import least_ranks
 from lorazip.errors import UndecidedError
+
+STEP = 1.25  # between the ranks that are tried at first
+NEAR = 3  # all ranks so close to a small best one are tried: bytes do not fall and rise smoothly
+FINE = 0.02  # of the best rank: steps that would change the bytes by less than that are not taken
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,14 @@ def _energy_rank(module: Module, spec: Spec, at: Callable[[int], Clusters]) -> i
 
     most = module.most if spec.method != "jd-diag" else sum(module.stack.ranks)
     target = spec.energy - 1e-6  # float32 fits: energies are known to about 1e-7
-    best = captured(most)
-    if best < target:
-        raise UndecidedError(
-            f"{module.name}: {spec.method} holds {best:.3f} of the energy at rank {most}, less than the {spec.energy} "
-            "asked for (ask for less, or use --max-error, which falls back to own factors)"
-        )
-    low, high = 0, most
+    low, high = 0, 1  # doubling first: fits of few columns are cheap
+    while (best := captured(high)) < target:
+        if high >= most:
+            raise UndecidedError(
+                f"{module.name}: {spec.method} holds {best:.3f} of the energy at rank {most}, less than the "
+                f"{spec.energy} asked for (ask for less, or use --max-error, which falls back to own factors)"
+            )
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if captured(middle) >= target else (middle, high)
@@ -111,39 +116,39 @@ def _held_out_rank(module: Module, target: float) -> int:
 def _cheapest(module: Module, spec: Spec, at: Callable[[int], Clusters]) -> Clusters | None:
     """Search the rank with the least total bytes at the bound; fallbacks are counted at their own least rank.
 
-    A coarse ladder (steps of about 1.4) up to where the bases alone cost more than the best so far, then halving steps
-    around the best.
+    A ladder of ranks, then halving steps around the best. A rank is only tried where bases and cores that held every
+    adapter could beat the best; this least cost grows with the rank, so the ladder ends where it no longer can.
     """
-    assert spec.max_error is not None
     fallback = _fallback_bytes(module, spec)
     best_rank, best, best_bytes = 0, None, float(fallback.sum())
-    tried: dict[int, float] = {0: best_bytes}
+    tried = {0}
 
-    def attempt(rank: int) -> float:
+    def promising(rank: int) -> bool:
+        return _least_bytes(module, spec, rank, fallback) < best_bytes
+
+    def attempt(rank: int) -> None:
         nonlocal best_rank, best, best_bytes
-        if rank not in tried:
-            clusters = at(rank)
-            tried[rank], shared = _bytes(module, spec, clusters, fallback)
-            if tried[rank] < best_bytes:
-                best_rank, best, best_bytes = rank, clusters, tried[rank]
-            if shared > best_bytes:
-                return float("inf")
-        return tried[rank]
+        if rank in tried or not promising(rank):
+            return
+        tried.add(rank)
+        clusters = at(rank)
+        cost = _bytes(module, spec, clusters, fallback)
+        if cost < best_bytes:
+            best_rank, best, best_bytes = rank, clusters, cost
 
     most = module.most if spec.method != "jd-diag" else sum(module.stack.ranks)
     for rank in _ladder(most):
-        if attempt(rank) == float("inf"):
+        if not promising(rank):
             break
-    step = max(1, best_rank // 4)
-    while best is not None:
+        attempt(rank)
+    step = max(NEAR, int(best_rank * (STEP - 1) / 2))
+    while best is not None and step > FINE * best_rank:
         centre = best_rank
         for rank in (centre - step, centre + step):
             if 1 <= rank <= most:
                 attempt(rank)
         if best_rank == centre:
-            if step == 1:
-                break
-            step //= 2
+            step = step // 2 if step > NEAR else step - 1
     return best
 
 
@@ -151,26 +156,50 @@ def _ladder(most: int) -> list[int]:
     ranks, rank = [], 1.0
     while rank < most:
         ranks.append(int(rank))
-        rank = max(rank + 1, rank * 1.4)
+        rank = max(rank + 1, rank * STEP)
     return [*ranks, most]
 
 
-def _bytes(module: Module, spec: Spec, clusters: Clusters, fallback: Tensor) -> tuple[float, float]:
-    """Total bytes of the module with these bases, and those of the bases alone; a base that nobody uses is free."""
+def _least_bytes(module: Module, spec: Spec, rank: int, fallback: Tensor) -> float:
+    """What one pair of bases of this rank costs at least, if it held every adapter that it is cheaper for."""
+    out, in_ = module.stack.left.shape[1], module.stack.right.shape[1]
+    match METHODS[spec.method].core:
+        case "full":
+            a, b = min(rank, out), min(rank, in_)
+        case "diagonal":
+            a = b = rank
+        case _:
+            a = b = min(rank, out, in_)
+    shared = codec_bytes(spec.dtype, (a, out), (b, in_))
+    return shared + float(torch.minimum(_core_bytes(module, spec, a, b), fallback).sum())
+
+
+def _bytes(module: Module, spec: Spec, clusters: Clusters, fallback: Tensor) -> float:
+    """Total bytes of the module with these bases; a base that nobody uses is free."""
     assert spec.max_error is not None
-    held = clusters.residuals <= spec.max_error * module.energies
-    size = codec(spec.dtype)
-    shared = own = 0.0
+    # Energies of float32 fits are known to about 1e-7. What is held in the end is measured in float64.
+    held = (clusters.residuals <= (spec.max_error + 1e-7) * module.energies) & (module.energies > 0)
+    labels = torch.tensor(clusters.labels, device=held.device)
+    total = fallback.clone()
+    shared = 0.0
     for c, pair in enumerate(clusters.pairs):
-        users = [i for i, label in enumerate(clusters.labels) if label == c and held[i]]
-        if users:
-            shared += sum(p.nbytes for t in (pair.left, pair.right) for p in size.parts(t.shape))
-        for i in users:
-            shape = core_shape(
-                METHODS[spec.method].core, pair.left.shape[1], pair.right.shape[1], module.stack.ranks[i]
-            )
-            own += sum(p.nbytes for part in shape for p in size.parts(part))
-    return shared + own + float(fallback[~held].sum()), shared
+        users = held & (labels == c)
+        if bool(users.any()):
+            shared += codec_bytes(spec.dtype, pair.left.shape, pair.right.shape)
+            total[users] = _core_bytes(module, spec, pair.left.shape[1], pair.right.shape[1])[users]
+    return shared + float(total.sum())
+
+
+def codec_bytes(name: str, *shapes: Sequence[int]) -> int:
+    """Bytes of tensors of these shapes."""
+    return sum(part.nbytes for shape in shapes for part in codec(name).parts(shape))
+
+
+def _core_bytes(module: Module, spec: Spec, a: int, b: int) -> Tensor:
+    """(n,) bytes of every adapter's core between bases of a and b columns."""
+    kind, ranks = METHODS[spec.method].core, module.stack.ranks
+    known = {rank: codec_bytes(spec.dtype, *core_shape(kind, a, b, rank)) for rank in set(ranks)}
+    return module.energies.new_tensor([float(known[rank]) for rank in ranks])
 
 
 def core_shape(kind: str, a: int, b: int, rank: int) -> tuple[tuple[int, ...], ...]:
@@ -190,6 +219,6 @@ def _fallback_bytes(module: Module, spec: Spec) -> Tensor:
     """(n,) bytes of the least-rank own factors at the bound, or of the original where that is less."""
     assert spec.max_error is not None
     out, in_ = module.stack.left.shape[1], module.stack.right.shape[1]
-    each = sum(part.nbytes for d in (out, in_) for part in codec(spec.dtype).parts((d,)))
     ranks = least_ranks(module.sigma, spec.max_error * module.energies)
-    return torch.minimum(ranks.cpu() * each, module.original_bytes.cpu()).double().to(module.sigma.device)
+    cut = ranks.double() * codec_bytes(spec.dtype, (out,), (in_,))
+    return torch.minimum(cut, module.original_bytes.to(cut))

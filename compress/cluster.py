@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorazip.compress.frame import CHUNK_ELEMENTS
 from lorazip.compress.joint import Pair
-from lorazip.compress.lowrank import CHUNK_ELEMENTS, Stack
+from lorazip.compress.lowrank import Stack
 from lorazip.compress.methods import Method
 
 STABLE = 1e-3  # stop when a round of refits and moves lowers the loss by less than this part of it

@@ -16,7 +16,7 @@ from lorazip.adapter import LowRank
 from lorazip.compress import allocate, joint, svd
 from lorazip.compress.allocate import Module
 from lorazip.compress.joint import Pair
-from lorazip.compress.lowrank import Stack, canonical, inner
+from lorazip.compress.lowrank import Stack, canonical, inner, untangled
 from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
@@ -82,7 +82,7 @@ def load(factors: Sequence[LowRank], device: torch.device) -> Stack:
 
 def prepare(name: str, factors: Sequence[LowRank], spec: Spec) -> tuple[Module, Stack]:
     """The balanced stack with its weights, and the stack as loaded, against which errors are measured."""
-    loaded = load(factors, spec.torch_device())
+    loaded = untangled(load(factors, spec.torch_device()))
     stack, sigma = canonical(loaded)
     energies = sigma.square().sum(1)
     if spec.weights == "unit":

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorazip.compress.lowrank import Frame, Stack, orthonormal
+from lorazip.compress.frame import Frame, orthonormal
+from lorazip.compress.lowrank import Stack
 
 DENSE = 128  # below this size a full eigendecomposition is cheaper than a block Krylov step
 TOLERANCE = 1e-6  # stop when a round lowers the loss by less than this part of it
@@ -120,18 +121,16 @@ def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
 
 
 def _first(frame: Frame, rank: int, start: Tensor | None) -> Tensor:
-    """(d', columns) to begin with: the start's directions, then the leading ones of the stacked D_i (or their span)."""
+    """(d', columns) to begin with: the start's directions, then the leading ones of the stacked D_i, or their span."""
     columns = min(rank, frame.work.shape[1])
-    given = (
-        orthonormal(frame.lower(start))[:, :columns]
-        if start is not None
-        else frame.work.new_zeros(len(frame.work.T), 0)
-    )
+    # Balanced rows have squared length s_j, so rows times their length are s_j u_j: the stacked D's own factor.
+    lengthened = frame.scaled(frame.work.norm(dim=1, keepdim=True))
+    if start is None:
+        return _principal(lengthened, columns)
+    given = orthonormal(frame.lower(start))[:, :columns]
     if given.shape[1] == columns:
         return given
-    # Balanced rows have squared length s_j, so rows times their length are s_j u_j: the stacked D's own factor.
-    found = _principal(frame.scaled(frame.work.norm(dim=1, keepdim=True)), columns)
-    return orthonormal(torch.cat([given, found], dim=1))[:, :columns]
+    return orthonormal(torch.cat([given, _principal(lengthened, columns)], dim=1))[:, :columns]
 
 
 def _half(stack: Stack, rows: Tensor, fixed: Tensor) -> Callable[[Tensor], Tensor]:
@@ -184,20 +183,27 @@ def fit_diagonal(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     left, right = stack.frames
     u, v = left.lower(start.left).double(), right.lower(start.right).double()
     lw, rw = left.work.double(), right.work.double()
+    lu, rv = lw @ u, rw @ v
     total = float(stack.energies.sum())
     loss = total
     for _ in range(ROUNDS):
         previous = loss
-        sigma, loss = _diagonals(stack, lw @ u, rw @ v, u, v, total)
+        sigma, loss = _diagonals(stack, lu, rv, u, v, total)
         if previous - loss <= TOLERANCE * max(loss, 1e-9 * total):
             break
         rows = stack.repeat_rows(sigma)
         moment = sigma.T @ sigma
-        u = _normal_solve(lw.T @ ((rw @ v) * rows), moment * (v.T @ v))
-        u = u / u.norm(dim=0).clamp_min(1e-30)
-        v = _normal_solve(rw.T @ ((lw @ u) * rows), moment * (u.T @ u))
-        v = v / v.norm(dim=0).clamp_min(1e-30)
+        u = _unit(_normal_solve(lw.T @ (rv * rows), moment * (v.T @ v)))
+        lu = lw @ u
+        v = _unit(_normal_solve(rw.T @ (lu * rows), moment * (u.T @ u)))
+        rv = rw @ v
     return Pair(left.lift(u).to(stack.left.dtype), right.lift(v).to(stack.left.dtype))
+
+
+def _unit(columns: Tensor) -> Tensor:
+    """Columns at unit length: what they lose goes to the diagonals, so that U and V stay balanced."""
+    lengths: Tensor = columns.norm(dim=0).clamp_min(1e-30)
+    return columns / lengths
 
 
 def diagonal_cores(stack: Stack, pair: Pair) -> Tensor:

@@ -12,16 +12,14 @@ largest are right. Only factors that nearly cancel, ||B|| ||A|| far above ||BA||
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1_000_000  # float64 work space of 64 MB
-PRECISE = (
-    2**19
-)  # elements up to which iterations run in float64: rounding then decides nothing, not even when to stop
+from lorazip.compress.frame import CHUNK_ELEMENTS, Frame
+
 CANCELLING = 100.0  # from ||B||^2 ||A||^2 = CANCELLING r ||BA||^2 on, Gram matrices lose too many digits
 
 
@@ -186,25 +184,23 @@ def canonical(stack: Stack) -> tuple[Stack, Tensor]:
 
 
 def untangled(stack: Stack) -> Stack:
-    """The same matrices with rows that do not cancel.
+    """The same matrices with rows that do not cancel; the same stack where none do.
 
     Factors in a bad gauge are large where their product is small. Their left^T = Q T gives D_i = Q (T right), which has
-    no such cancellation. Adapters that need none of this, which is nearly all, keep their rows.
+    no such cancellation. That takes float64 rows. Trained adapters hardly ever need it.
     """
     left, right = stack.grams
     sizes = left.diagonal(dim1=1, dim2=2).sum(1) * right.diagonal(dim1=1, dim2=2).sum(1)
     tangled = (sizes > CANCELLING * stack.width * stack.energies).nonzero()[:, 0].tolist()
     if not tangled:
         return stack
-    rows_left, rows_right = stack.left.clone(), stack.right.clone()
+    rows_left, rows_right = stack.left.double(), stack.right.double()
     for i in tangled:
         rows = slice(stack.starts[i], stack.starts[i + 1])
-        q, t = torch.linalg.qr(stack.left[rows].double().T)
+        q, t = torch.linalg.qr(rows_left[rows].T)
         missing = stack.ranks[i] - len(t)  # more rows than dimensions: the rest is zero
-        rows_left[rows] = torch.nn.functional.pad(q.T, (0, 0, 0, missing)).to(rows_left.dtype)
-        rows_right[rows] = torch.nn.functional.pad(t @ stack.right[rows].double(), (0, 0, 0, missing)).to(
-            rows_right.dtype
-        )
+        rows_right[rows] = torch.nn.functional.pad(t @ rows_right[rows], (0, 0, 0, missing))
+        rows_left[rows] = torch.nn.functional.pad(q.T, (0, 0, 0, missing))
     return Stack(rows_left, rows_right, stack.ranks)
 
 
@@ -219,86 +215,3 @@ def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     roots = torch.where(kept, values, 0).sqrt()[:, :, None]
     inverse = torch.where(kept[:, :, None], 1 / roots, 0)
     return roots * vectors.mT, inverse * vectors.mT
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One side of a stack in the space where iterations run.
-
-    With clearly fewer rows than dimensions that is the span of the rows ("QR of the stacked factors", METHODS.md §2;
-    exact, and much smaller): rows = diag(lengths) T Q^T with T lower triangular, Q (d, R) orthonormal and never formed.
-    Else it is the module's own space.
-
-    Attributes:
-        rows: (R, d) the rows of the stack.
-        lengths: (R, 1) their norms, 1 for zero rows.
-        triangle: T (R, R) float64, or None where nothing is reduced.
-        work: (R, d') the rows in the frame.
-    """
-
-    rows: Tensor
-    lengths: Tensor
-    triangle: Tensor | None
-    work: Tensor
-
-    @staticmethod
-    def of(rows: Tensor) -> Frame:
-        """The frame of the span of rows (R, d).
-
-        T comes from a Cholesky of the Gram matrix of the rows at unit length (adapters may differ in strength by any
-        factor). A ridge near rounding keeps dependent rows, copies of one adapter, from failing.
-        """
-        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        lengths = torch.where(lengths > 0, lengths, 1)
-        if 4 * rows.shape[0] > 3 * rows.shape[1]:
-            return Frame(rows, lengths, None, rows.double() if rows.numel() <= PRECISE else rows)
-        unit = _gram(rows) / (lengths * lengths.T)
-        identity = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
-        ridge = 1e-15
-        while True:
-            triangle, info = torch.linalg.cholesky_ex(unit + ridge * identity)
-            if int(info) == 0:
-                work = lengths * triangle
-                return Frame(
-                    rows, lengths, triangle, work if work.numel() <= PRECISE else work.to(rows.dtype)
-                )
-            ridge *= 10
-
-    def scaled(self, factors: Tensor) -> Frame:
-        """The frame of factors * rows, factors (R, 1): the same basis."""
-        return replace(self, work=self.work * factors.to(self.work.dtype))
-
-    def lift(self, x: Tensor) -> Tensor:
-        """(d', k) -> (d, k): back to the module's space."""
-        if self.triangle is None:
-            return x.to(self.rows.dtype)
-        solved = torch.linalg.solve_triangular(self.triangle.T, x.double(), upper=True) / self.lengths
-        lifted: Tensor = self.rows.T @ solved.to(self.rows.dtype)
-        return lifted
-
-    def lower(self, x: Tensor) -> Tensor:
-        """(d, k) -> (d', k): the part of x in the frame."""
-        if self.triangle is None:
-            return x.to(self.work.dtype)
-        inner = (self.rows @ x).double() / self.lengths
-        lowered: Tensor = torch.linalg.solve_triangular(self.triangle, inner, upper=False)
-        return lowered.to(self.work.dtype)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """rows rows^T (R, R) float64; block by block of the lower half, the rest is its mirror."""
-    count, step = len(rows), max(1, len(rows) // 8)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
-    width = max(1, CHUNK_ELEMENTS // max(1, count))
-    for first in range(0, rows.shape[1], width):
-        part = rows[:, first : first + width].double()
-        for start in range(0, count, step):
-            end = min(start + step, count)
-            gram[start:end, :end].addmm_(part[start:end], part[:end].T)
-    return gram.tril() + gram.tril(-1).T
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis (d, k) of the span of columns (d, k)."""
-    basis: Tensor = torch.linalg.qr(columns).Q
-    return basis

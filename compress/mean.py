@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorazip.compress.frame import orthonormal
 from lorazip.compress.joint import Pair, leading
-from lorazip.compress.lowrank import Stack, orthonormal
+from lorazip.compress.lowrank import Stack
 
 POWER_ROUNDS = 20
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorazip.compress.joint import Pair, full_cores, principal
-from lorazip.compress.lowrank import Stack, norms2
+from lorazip.compress.frame import CHUNK_ELEMENTS
+from lorazip.compress.joint import Pair, principal
+from lorazip.compress.lowrank import Stack
 
 FOLDS = 5
 
@@ -34,15 +35,21 @@ def fit(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
 
 
 def nested_energy(stack: Stack, pair: Pair) -> Tensor:
-    """Energy captured by the first K directions of each side, for every K at once: (n, max(a, b)).
+    """Energy captured by the first K directions of each side (all, where a side has fewer), (n, max(a, b)) for all K.
 
-    The directions are nested, so the energies of a core's leading K x K blocks are two cumulative sums.
+    The directions are nested: with p_k = left_i u_k, the energy is <sum_{k<=K} p_k p_k^T, sum_{k<=K} q_k q_k^T>.
     """
-    p, q = full_cores(stack, pair)
-    sums = (p @ q.mT).square().cumsum(1).cumsum(2)
-    a, b = sums.shape[1:]
-    index = torch.arange(max(a, b), device=sums.device)
-    return sums[:, index.clamp_max(a - 1), index.clamp_max(b - 1)]
+    left, right = (stack.left @ pair.left).double(), (stack.right @ pair.right).double()  # (R, a), (R, b)
+    most = max(left.shape[1], right.shape[1])
+    found = []
+    for i in range(len(stack)):  # one at a time: K blocks of (r, r) each
+        rows = slice(stack.starts[i], stack.starts[i + 1])
+        sums = []
+        for side in (left[rows].T, right[rows].T):
+            outer = (side[:, :, None] * side[:, None, :]).cumsum(0)
+            sums.append(torch.cat([outer, outer[-1:].expand(most - len(outer), -1, -1)]))
+        found.append((sums[0] * sums[1]).sum((1, 2)))
+    return torch.stack(found)
 
 
 def held_out_energy(stack: Stack, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +62,7 @@ def held_out_energy(stack: Stack, most: int) -> tuple[Tensor, Tensor, Tensor]:
         (most,); and the share that the mean of the other adapters explains, a scalar.
     """
     n = len(stack)
-    energies = norms2(stack).clamp_min(torch.finfo(torch.float64).tiny)
+    energies = stack.energies.clamp_min(torch.finfo(torch.float64).tiny)
     fitted = torch.zeros(most, dtype=torch.float64, device=stack.left.device)
     random = torch.zeros_like(fitted)
     mean = torch.zeros((), dtype=torch.float64, device=stack.left.device)
@@ -72,17 +79,25 @@ def held_out_energy(stack: Stack, most: int) -> tuple[Tensor, Tensor, Tensor]:
         )
         for total, pair in ((fitted, fit(rest, most)), (random, chance)):
             share = nested_energy(out, pair) / energies[fold, None]
-            share = torch.nn.functional.pad(share, (0, most - share.shape[1]), mode="replicate")
-            total += share.sum(0)
+            total[: share.shape[1]] += share.sum(0)
+            total[share.shape[1] :] += share[:, -1:].sum()
         mean += _mean_share(rest, out, energies[fold])
     return fitted / n, random / n, mean / n
 
 
 def _mean_share(rest: Stack, out: Stack, energies: Tensor) -> Tensor:
-    """Sum over the held-out adapters of <D_i, M>^2 / (||D_i||^2 ||M||^2), M the mean of the rest."""
-    cross_left = (out.left @ rest.left.T).double()
-    cross_right = (out.right @ rest.right.T).double()
-    products = (cross_left * cross_right).sum(1, keepdim=True)  # (R_out, 1): summed over the rest
-    along = out.pad(products).sum((1, 2))
-    own = ((rest.left @ rest.left.T).double() * (rest.right @ rest.right.T).double()).sum()
-    return (along.square() / (energies * own.clamp_min(torch.finfo(torch.float64).tiny))).sum()
+    """Sum over the held-out adapters of <D_i, M>^2 / (||D_i||^2 ||M||^2), M the sum of the rest."""
+    along = out.pad(_against(out, rest)[:, None]).sum((1, 2))
+    own = _against(rest, rest).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return (along.square() / (energies * own)).sum()
+
+
+def _against(first: Stack, second: Stack) -> Tensor:
+    """Per row of the first stack its part of <D_i, sum_j E_j>, (R,) float64; never more than a block of R x R."""
+    step = max(1, CHUNK_ELEMENTS // len(second.left))
+    found = []
+    for start in range(0, len(first.left), step):
+        rows = slice(start, start + step)
+        cross = (first.left[rows] @ second.left.T).double() * (first.right[rows] @ second.right.T).double()
+        found.append(cross.sum(1))
+    return torch.cat(found)

@@ -11,7 +11,7 @@ from torch import Tensor
 def hooi(matrices: Sequence[Tensor], rank: int, rounds: int = 30) -> tuple[Tensor, Tensor]:
     """Tucker-2 of matrices (out, in) of unit norm by higher-order orthogonal iteration from the HOSVD: U, V."""
     unit = [m.double() / m.double().norm() for m in matrices]
-    u = leading([m for m in unit], rank)
+    u = leading(unit, rank)
     v = leading([m.T for m in unit], rank)
     for _ in range(rounds):
         u = leading([m @ v for m in unit], rank)

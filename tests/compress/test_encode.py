@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import dense_error, hooi_errors, truncation_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import dense_error, hooi_errors, truncation_errors
 from torch import Tensor
 
 from lorazip.adapter import LowRank
@@ -67,7 +67,9 @@ def test_jd_full_is_as_good_as_hooi_on_real_adapters(
     assert float(ours) <= 1.001 * reference + 1e-9
 
 
-@pytest.mark.parametrize(("out", "in_", "ranks"), [(40, 60, [2, 7, 3, 5]), (20, 90, [8] * 6), (50, 50, [1] * 9)])
+@pytest.mark.parametrize(
+    ("out", "in_", "ranks"), [(40, 60, [2, 7, 3, 5]), (20, 90, [8] * 6), (50, 50, [1] * 9)]
+)
 def test_jd_full_is_as_good_as_hooi_on_mixed_ranks(out: int, in_: int, ranks: list[int]) -> None:
     factors = generated(ranks, out, in_)
     ours = errors(encode("m", factors, Spec(rank=6, clusters=1, dtype="float32"))).mean()
