@@ -100,9 +100,11 @@ def _energy_rank(module: Module, spec: Spec, at: Callable[[int], Clusters]) -> i
 
 def _held_out_rank(module: Module, target: float) -> int:
     """EigenLoRAx's K: the least one whose directions hold `target` of adapters they were not fitted to."""
-    if len(module.stack) < 2:
+    kept = (module.energies > 0).nonzero()[:, 0].tolist()  # zero matrices have no energy to hold
+    if len(kept) < 2:
         raise UndecidedError(f"{module.name}: held-out energy needs at least two adapters (give --rank)")
-    fitted, random, mean = subspace.held_out_energy(module.stack.scaled(module.weights.sqrt()), module.most)
+    stack = module.stack.select(kept).scaled(module.weights[kept].sqrt())
+    fitted, random, mean = subspace.held_out_energy(stack, module.most)
     reached = (fitted >= target).nonzero()
     if len(reached):
         return int(reached[0]) + 1

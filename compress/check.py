@@ -46,7 +46,8 @@ def compare(
 
     One module of all adapters at a time, as in compression.
     """
-    pairs = [(o, bundle.adapter(o.name)) for o in originals if o.name in set(bundle.names)]
+    known = set(bundle.names)
+    pairs = [(o, bundle.adapter(o.name)) for o in originals if o.name in known]
     problems = {o.name: differences(o, stored) for o, stored in pairs}
     whole = [(o, stored) for o, stored in pairs if not problems[o.name]]
     residuals, energies = torch.zeros(2, len(whole), dtype=torch.float64)

@@ -90,7 +90,7 @@ class _State:
         columns = []
         for c in range(max(labels) + 1):
             self.pairs.append(self._refit(c, None))
-            columns.append(self._errors(c))
+            columns.append(self._errors(self.pairs[c]))
         self.errors = torch.stack(columns, dim=1)  # (n, count)
 
     @property
@@ -106,18 +106,28 @@ class _State:
         loss = self.loss
         while moved := _reassign(self.errors, self.labels):
             for c in sorted(moved):
-                self.pairs[c] = self._refit(c, self.pairs[c])
-                self.errors[:, c] = self._errors(c)
+                self._improve(c)
             previous, loss = loss, self.loss
             if previous - loss <= STABLE * loss:
                 break
         return Clusters(tuple(self.pairs), tuple(self.labels), self.residuals)
 
-    def _errors(self, c: int) -> Tensor:
-        return self.method.residuals(self.stack, self.pairs[c], self.energies)
+    def _improve(self, c: int) -> None:
+        """Refit one basis to its adapters; not every method's fit minimises this loss, so it may be refused."""
+        pair = self._refit(c, self.pairs[c])
+        errors = self._errors(pair)
+        gain = self.weights * (self.errors[:, c] - errors)
+        if float(gain[self._members(c)].sum()) > 0:
+            self.pairs[c], self.errors[:, c] = pair, errors
+
+    def _errors(self, pair: Pair) -> Tensor:
+        return self.method.residuals(self.stack, pair, self.energies)
+
+    def _members(self, c: int) -> list[int]:
+        return [i for i, label in enumerate(self.labels) if label == c]
 
     def _refit(self, c: int, start: Pair | None) -> Pair:
-        members = [i for i, label in enumerate(self.labels) if label == c]
+        members = self._members(c)
         if len(members) == len(self.stack):
             return self.method.fit(self.stack, self.weights, self.rank, start)
         return self.method.fit(self.stack.select(members), self.weights[members], self.rank, start)

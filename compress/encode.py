@@ -289,7 +289,7 @@ def with_fallbacks(
     own = [own_factors(module, i, bound, factors[i]) if fallen[i] else own[i] for i in range(len(own))]
     used = sorted({index for o in own for index in shared_indices(o.form)})
     place = {index: at for at, index in enumerate(used)}
-    own = [OwnFactors(renumbered(o.form, place), o.tensors) for o in own]
+    own = [replace(o, form=renumbered(o.form, place)) for o in own]
     layout = tuple(code.layout[i] for i in used)
     again = measured(module, loaded, layout, tuple(code.shared[i] for i in used), own)
     return replace(again, fallbacks=tuple(fallen))

@@ -15,7 +15,7 @@ POWER_ROUNDS = 20
 def fit(stack: Stack, weights: Tensor, rank: int) -> Pair:
     """The leading `rank` singular triplets of M = sum_i w_i D_i / sum_i w_i, which minimises sum_i w_i ||D_i - M||^2.
 
-    M = left^T right over all rows, so M M^T X costs four thin products and M is never formed.
+    M = left^T right over all rows, in their frames, so M M^T X costs four thin products and M is never formed.
 
     Args:
         stack: n matrices, not weighted.
@@ -25,20 +25,21 @@ def fit(stack: Stack, weights: Tensor, rank: int) -> Pair:
         U sqrt(S) and V sqrt(S): D_i is approximated by left right^T.
     """
     share = weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    scaled_stack = stack.scaled(share)
-    left, right = scaled_stack.left, scaled_stack.right
-    columns = min(rank, left.shape[0], left.shape[1], right.shape[1])
-    generator = torch.Generator().manual_seed(left.shape[1])
-    x = orthonormal(torch.randn(left.shape[1], columns, generator=generator).to(left))
-    energy = 0.0
+    left, right = stack.scaled(share).frames
+    lw, rw = left.work, right.work
+    width = stack.left.shape[1]
+    columns = min(rank, lw.shape[1], rw.shape[1])
+    generator = torch.Generator().manual_seed(width)
+    start = torch.randn(width, columns, generator=generator).to(stack.left)
+    x, energy = orthonormal(left.lower(start)), 0.0
     for _ in range(POWER_ROUNDS):
         previous = energy
-        x, energy = leading(lambda y: left.T @ (right @ (right.T @ (left @ y))), x)
+        x, energy = leading(lambda y: lw.T @ (rw @ (rw.T @ (lw @ y))), x)
         if energy - previous <= 1e-6 * energy:
             break
-    scaled = right.T @ (left @ x)  # (in, k) = V S
-    size = scaled.norm(dim=0).clamp_min(torch.finfo(scaled.dtype).tiny)
-    return Pair(x * size.sqrt(), scaled / size.sqrt())
+    v = right.lift(rw.T @ (lw @ x))  # (in, k) = V S
+    size = v.norm(dim=0).clamp_min(torch.finfo(v.dtype).tiny)
+    return Pair(left.lift(x) * size.sqrt(), v / size.sqrt())
 
 
 def residuals(stack: Stack, pair: Pair, energies: Tensor) -> Tensor:

@@ -146,8 +146,10 @@ def publish(partial: Path, output: Path, force: bool) -> None:
     with contextlib.ExitStack() as stack:
         try:
             if output.exists() and any(output.iterdir()):
-                if not force:
-                    raise TargetError(f"{output} appeared while the job ran (use --force to replace it)")
+                if not force or not (output / MANIFEST).is_file():
+                    raise TargetError(
+                        f"{output} appeared while the job ran (move it elsewhere, then --resume)"
+                    )
                 stack.enter_context(locked(output))  # nobody is just adding to it
                 output.rename(partial / OLD)
             (partial / BUNDLE).rename(output)

@@ -47,8 +47,8 @@ class Ended:
 class Nursery:
     """The test's end: gives orders to the forking process."""
 
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    def __init__(self, **variables: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **variables}
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -73,7 +73,7 @@ class Nursery:
 
         Args:
             fault: what happens just before step `at`: the process kills, stops or interrupts (Ctrl-C) itself, or the
-                disk is full from then on.
+                disk is full from then on. A file that is about to be written when the process is killed is left empty.
             below: only changes below this directory count as steps.
             limit: bytes that a file may have, as by `ulimit -f`.
             environment: variables that the command sees changed; None removes one.
@@ -110,6 +110,10 @@ class Saboteur:
         self.steps += 1
         if self.fault == "full" and self.steps >= self.at and event in ("open", "os.mkdir", "os.rename"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+        if self.steps == self.at and self.fault == "kill" and event == "open":
+            self.fault = ""  # opening it here is announced as well
+            os.close(os.open(arguments[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.steps == self.at and self.fault in ("kill", "stop", "interrupt"):
             name = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}[self.fault]
             os.kill(os.getpid(), name)

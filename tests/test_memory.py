@@ -22,7 +22,9 @@ MB = 2**20
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    forking = Nursery()
+    # Blocks from 128 kB on go back to the system when they are freed: what counts is what a job holds, not the heap's
+    # holes.
+    forking = Nursery(MALLOC_MMAP_THRESHOLD_="131072")
     yield forking
     forking.close()
 
@@ -30,7 +32,7 @@ def nursery() -> Iterator[Nursery]:
 def test_the_peak_is_of_the_block_and_holds_what_was_freed(tmp_path: Path) -> None:
     before = anonymous_memory()
     with PeakMemory() as first:
-        block = bytearray(60 * MB)  # zeros, but written: bytearray touches them
+        block = b"x" * (60 * MB)
         time.sleep(4 * memory.PERIOD)
         del block
     with PeakMemory() as second:
@@ -63,21 +65,21 @@ def test_elsewhere_the_whole_resident_set_stands_in(monkeypatch: pytest.MonkeyPa
 
 
 def test_jobs_hold_one_module_whatever_their_number(nursery: Nursery, make_adapter: MakeAdapter) -> None:
-    """Seven times the modules, nearly the same peak: of compress, its dry run and resumption, verify.
+    """Eight times the modules, nearly the same peak: of compress, its dry run and resumption, verify.
 
-    Peaks are sampled, so a short run may miss what a module takes for a moment; everything would be 37 MB.
+    Peaks are sampled, so a short run may miss what a module takes for a moment; everything would be 20 MB.
     """
     root = make_adapter.root
     peaks: dict[str, list[int]] = {}
     sizes = []
-    for count in (8, 56):
+    for count in (4, 32):
         zoo, team, svd = root / f"zoo{count}", root / f"team{count}", root / f"svd{count}"
-        modules = {f"m{j:02d}": (1024, 1024) for j in range(count)}
-        for i in range(6):
-            make_adapter(zoo / f"a{i}", modules=modules, rank=16)
+        modules = {f"m{j:02d}": (1024, 2048) for j in range(count)}
+        for i in range(8):
+            make_adapter(zoo / f"a{i}", modules=modules, rank=8)
         exact = ["--method", "svd", "--max-error", "0", "--dtype", "float32"]
         commands = {
-            "jd-full": ["compress", zoo, "--rank", "8", "-o", team],
+            "jd-full": ["compress", zoo, "--rank", "2", "-o", team],
             "svd": ["compress", zoo, *exact, "-o", svd],
             "dry run": ["compress", zoo, *exact, "--dry-run"],
             "finished": ["compress", zoo, *exact, "-o", svd, "--resume"],
@@ -88,10 +90,9 @@ def test_jobs_hold_one_module_whatever_their_number(nursery: Nursery, make_adapt
             assert ended.code == 0, ended.err
             peaks.setdefault(what, []).append(ended.peak)
         sizes.append(sum(path.stat().st_size for path in svd.rglob("*") if path.is_file()))
-    assert sizes[1] - sizes[0] > 35 * MB
-    print({k: [x / MB for x in v] for k, v in peaks.items()})
+    assert sizes[1] - sizes[0] > 20 * MB
     for what, (small, large) in peaks.items():
-        assert large - small < 16 * MB, (what, small / MB, large / MB)
+        assert large - small < 8 * MB, (what, small / MB, large / MB)
 
 
 def test_add_holds_a_batch_of_adapters(nursery: Nursery, make_adapter: MakeAdapter) -> None:
