@@ -144,7 +144,7 @@ def own_factors(module: Module, i: int, spec: Spec, factor: LowRank) -> OwnFacto
         # Kept energy is 1 - left-out energy; a hair of slack for energy = 1 in rounded singular values.
         allowed = sigma.new_tensor([(1 - spec.energy + 1e-15) * energy])
         rank = int(svd.least_ranks(sigma[None], allowed))
-        return svd.truncated(left, right, rank, spec.dtype)
+        return svd.truncated(left, right, max(rank, int(energy > 0)), spec.dtype)
     assert spec.max_error is not None
     return svd.within(left, right, sigma, spec.max_error * energy, factor, spec.dtype)
 

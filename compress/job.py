@@ -18,7 +18,6 @@ from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, a
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
-from lorazip.errors import UsageError
 from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
 
@@ -81,7 +80,7 @@ class Outcome:
 
 
 def compress(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     spec: Spec | None = None,
     output: str | Path = "bundle.lorazip",
     *,
@@ -104,7 +103,13 @@ def compress(
         InputError: with all defects of all adapters; UsageError, TargetError, UndecidedError: see their classes.
     """
     outcome = run(
-        paths, spec or Spec(), Path(output), base=base, skip_bad=skip_bad, resume=resume, force=force
+        [paths] if isinstance(paths, str | Path) else paths,
+        spec or Spec(),
+        Path(output),
+        base=base,
+        skip_bad=skip_bad,
+        resume=resume,
+        force=force,
     )
     assert outcome.bundle is not None
     return outcome.bundle
@@ -133,8 +138,8 @@ def run(
             skip_bad=skip_bad,
             progress=lambda done, total: progress("reading", done, total),
         )
-        if not inputs.modules:
-            raise UsageError("no adapter has a low-rank module to compress")
+        if output is not None:
+            partial.check_inputs(output, inputs)
         spec = resolve(inputs, spec)
         if output is None:
             encoded = _encode_all(inputs, spec, None, progress)

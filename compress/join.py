@@ -24,7 +24,7 @@ from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.edit import changing, commit
-from lorazip.errors import BundleError, Defect, InputError, TargetError
+from lorazip.errors import BundleError, Defect, InputError, TargetError, UsageError
 from lorazip.files import Entry, flush, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Module
 from lorazip.names import folded
@@ -164,11 +164,12 @@ def _alone(spec: Spec) -> Spec:
 
 def _spec(bundle: Bundle, max_error: float | None, device: str) -> Spec:
     try:
-        spec = Spec(**{**bundle.manifest.options, "device": device})
-    except TypeError as error:
+        spec = Spec(**bundle.manifest.options)
+    except (TypeError, UsageError) as error:
         raise BundleError(
             f"{bundle.path}: its options {dict(bundle.manifest.options)} are not those of this lorazip (upgrade it)"
         ) from error
+    spec = replace(spec, device=device)
     if spec.method == "svd" and max_error is None:
         return spec
     if max_error is None:

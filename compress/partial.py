@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from lorazip import manifest as manifests
-from lorazip.bundle import MANIFEST
+from lorazip.bundle import ADAPTERS, MANIFEST, SHARED
 from lorazip.compress.assemble import skipped
 from lorazip.compress.spec import Spec
-from lorazip.errors import LorazipError, TargetError
+from lorazip.errors import TargetError
 from lorazip.files import flush, locked, write_bytes
 from lorazip.peft_keys import WEIGHTS_FILE
 from lorazip.sources import Inputs
@@ -65,6 +65,11 @@ def check_target(output: Path, resume: bool, force: bool) -> None:
             raise TargetError(f"{output} exists and is not a bundle (choose another name)")
         if not force and not resume:
             raise TargetError(f"{output} exists (use --force to replace it, or choose another name)")
+        foreign = _foreign(output)
+        if foreign:
+            raise TargetError(
+                f"{output} holds {foreign}, which is no part of a bundle and would be lost (choose another name)"
+            )
     if os.path.ismount(output):
         raise TargetError(f"{output} is a mount point, which cannot be replaced (name a directory in it)")
     partial = folder(output)
@@ -74,6 +79,30 @@ def check_target(output: Path, resume: bool, force: bool) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TargetError(f"{output.parent} cannot be made: {error.strerror}") from error
+
+
+def _foreign(output: Path) -> str | None:
+    """Something in a directory that a bundle does not have: replacing it would delete more than a bundle."""
+    if not (output / MANIFEST).read_bytes()[:16].startswith(b'{"digest":"'):
+        return f"a {MANIFEST} that lorazip did not write"
+    own = {MANIFEST, SHARED, "README.md", ADAPTERS, ".gitattributes"}
+    for path in output.iterdir():
+        if path.name not in own and not path.name.endswith(".tmp"):
+            return path.name
+    for path in (output / ADAPTERS).glob("*"):
+        if not path.name.endswith((".safetensors", ".tmp")) or path.is_dir():
+            return f"{ADAPTERS}/{path.name}"
+    return None
+
+
+def check_inputs(output: Path, inputs: Inputs) -> None:
+    """Refuse to write a bundle over its own inputs."""
+    target = Path(os.path.realpath(output))
+    for adapter in inputs.adapters:
+        if Path(os.path.realpath(adapter.directory)).is_relative_to(target):
+            raise TargetError(
+                f"{output} holds the adapter {adapter.name} that is to be compressed (choose another name)"
+            )
 
 
 def folder(output: Path) -> Path:
@@ -107,7 +136,7 @@ def working(output: Path, job: str, resume: bool, force: bool) -> Iterator[Path]
             yield partial
         except TargetError:
             raise  # no room, say: with some it can go on
-        except LorazipError:  # of the options or inputs: a resumed run would meet it again
+        except Exception:  # of the options or inputs: a resumed run would meet it again
             discard(partial, output)
             raise
 

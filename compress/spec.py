@@ -39,6 +39,12 @@ class Spec:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("clusters", self.clusters)):
+            if value is not None and type(value) is not int:
+                raise UsageError(f"{name} must be a whole number, not {value!r}")
+        for name, number in (("energy", self.energy), ("max-error", self.max_error)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                raise UsageError(f"{name} must be a number, not {number!r}")
         if self.method not in NAMES:
             raise UsageError(f"method must be one of {', '.join(NAMES)}, not {self.method!r}")
         if self.rank is not None and self.rank < 1:

@@ -17,10 +17,11 @@ from torch import Tensor
 from lorazip import manifest as manifests
 from lorazip.adapter import LowRank
 from lorazip.codecs import DTYPES
-from lorazip.errors import BundleError, UsageError
+from lorazip.errors import BundleError, UsageError, printable
 from lorazip.header import FormatError, TensorInfo
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.mapped import Mapped
+from lorazip.peft_keys import PREFIX, A, B
 from lorazip.terms import Slot, decode, own_slots, shared_indices, shared_slots
 
 MANIFEST = "bundle.json"
@@ -47,8 +48,8 @@ class _Streams:
 
     def check(self, expected: Mapping[str, int]) -> None:
         """Every stream has just the length that the manifest's layout gives."""
-        found = {k: i.shape for k, i in self.file.header.tensors.items() if k in DTYPES}
-        wanted = {dtype: (count,) for dtype, count in expected.items() if count}
+        found = {k: (i.dtype, i.shape) for k, i in self.file.header.tensors.items() if k in DTYPES}
+        wanted = {dtype: (dtype, (count,)) for dtype, count in expected.items() if count}
         if found != wanted:
             raise BundleError(
                 f"{self.path.name} does not have the layout that bundle.json gives it (copy it again)"
@@ -116,7 +117,14 @@ class BundleAdapter:
     @cached_property
     def extras(self) -> dict[str, TensorInfo]:
         """Tensors carried as they were: key -> type and shape."""
-        return {k: i for k, i in self._file.file.header.tensors.items() if k not in DTYPES}
+        carried = {k: i for k, i in self._file.file.header.tensors.items() if k not in DTYPES}
+        factors = {PREFIX + module + end for module in self.modules for end in (A, B)}
+        for key in carried:
+            if not key.startswith(PREFIX) or key in factors or not key.isprintable():
+                raise BundleError(
+                    f"{self.name}: {printable(key)} is no tensor that an adapter carries (do not use this bundle)"
+                )
+        return carried
 
     def low_rank(self, module: str) -> LowRank:
         """D = B A of one module, float32, scale 1; rank 0 where D is zero."""
@@ -184,6 +192,8 @@ class Bundle:
         path = Path(path)
         if not os.path.lexists(path):
             raise UsageError(f"{path} does not exist")
+        if (path / ADAPTERS).is_symlink():  # add and remove would change what it points to
+            raise BundleError(f"{path} is not a bundle: {ADAPTERS} is a link")
         try:
             status = (path / MANIFEST).stat()
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -221,6 +231,15 @@ class Bundle:
                 return BundleAdapter(self, record)
         some = ", ".join(self.names[:10]) + (" …" if len(self.names) > 10 else "")
         raise UsageError(f"{self.path} has no adapter {name!r} (it has {some})")
+
+    def __len__(self) -> int:
+        return len(self.manifest.adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> BundleAdapter:
+        return self.adapter(name)
 
     def __iter__(self) -> Iterator[BundleAdapter]:
         return (BundleAdapter(self, record) for record in self.manifest.adapters)

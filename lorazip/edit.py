@@ -66,6 +66,8 @@ def subset(bundle: Bundle, names: Sequence[str], output: Path) -> Bundle:
         TargetError: the output exists or cannot be written.
     """
     bundle.require(names)
+    if any(p.file in bundle.manifest.files for p in bundle.verify()):
+        raise BundleError(f"{bundle.path}: " + "; ".join(f"{p.file}: {p.problem}" for p in bundle.verify()))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise TargetError(f"{output} exists (choose another name)")
     chosen = [a for a in bundle.manifest.adapters if a.name in set(names)]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorazip import peft_config, peft_format
+from lorazip.adapter import LowRank
 from lorazip.bundle import Bundle
 from lorazip.card import adapter_card
 from lorazip.codecs import CODECS
-from lorazip.errors import BundleError, TargetError, UsageError
+from lorazip.errors import BundleError, CodecError, TargetError, UsageError
 from lorazip.files import write_bytes
 
 CARD = "README.md"
@@ -66,13 +68,33 @@ def export(
         factors = {}
         for module in adapter.modules:
             factor = adapter.low_rank(module)
-            factors[module] = factor.B.to(kind), factor.A.to(kind)
+            factors[module] = _rounded(name, module, factor, kind)
         rank = max((a.shape[0] for _, a in factors.values()), default=0)
         extras = {key: adapter.extra(key) for key in adapter.extras}
         peft_format.save(directory / name, adapter.config, factors, extras)
         done.append(Exported(name, directory / name, rank))
         progress("exporting", len(done), len(names))
     return done
+
+
+def _rounded(name: str, module: str, factor: LowRank, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """B and A in the type to be written; below float32 with columns and rows of equal length, which 16 bits hold best.
+
+    Raises:
+        BundleError: the bundle holds NaN or infinities.
+        CodecError: the values do not fit the type.
+    """
+    b, a = factor.B, factor.A
+    if not bool(torch.isfinite(b).all() & torch.isfinite(a).all()):
+        raise BundleError(f"{name}: {module} has NaN or infinite values (do not use this bundle)")
+    if kind == torch.float32:
+        return b, a
+    tiny = torch.finfo(torch.float32).tiny
+    size = (a.norm(dim=1).clamp_min(tiny) / b.norm(dim=0).clamp_min(tiny)).sqrt()
+    b, a = (b * size).to(kind), (a / size[:, None]).to(kind)
+    if not bool(torch.isfinite(b).all() & torch.isfinite(a).all()):
+        raise CodecError(f"{name}: {module} does not fit {kind} (use --dtype float32 or bfloat16)")
+    return b, a
 
 
 def push(folder: Path, repo: str, names: Sequence[str] = ()) -> str:

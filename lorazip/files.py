@@ -19,6 +19,8 @@ from lorazip.errors import TargetError
 from lorazip.header import DTYPE_BYTES
 from lorazip.manifest import FileRecord
 
+FRESH = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -96,7 +98,13 @@ def _replacing(path: Path) -> Iterator[int]:
     """A descriptor for a hidden neighbour of path that takes its place when all went well."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            descriptor = os.open(temporary, FRESH, 0o666)
+        except (
+            FileExistsError
+        ):  # left by an interruption; or a link in a stranger's bundle, never to be followed
+            temporary.unlink()
+            descriptor = os.open(temporary, FRESH, 0o666)
         yield descriptor
         os.replace(temporary, path)
         flush(path.parent)

@@ -203,6 +203,8 @@ def _check_entry(key: str, entry: Any) -> tuple[TensorInfo, int, int]:
         raise FormatError(f"its shape is not a list of at most {MAX_DIMS} sizes", key)
     if not _is_sizes(offsets, 2) or len(offsets) != 2:
         raise FormatError("its data offsets are not two positions", key)
+    if math.prod(extent or 1 for extent in shape) >= 2**63:
+        raise FormatError(f"its shape {shape!r} has too many elements", key)
     info = TensorInfo(dtype, tuple(shape))
     if offsets[1] - offsets[0] != info.nbytes:
         raise FormatError(

@@ -17,6 +17,7 @@ from lorazip.peft_keys import WEIGHTS_FILE
 _MARKS = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "adapter_model.pt")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?\Z", re.ASCII)
 _RENAME = "give it a name: NAME=PATH"
+_MAX_LIST_BYTES = 16 * 2**20
 _MAX_LISTS = 16  # lists within lists
 
 
@@ -109,6 +110,16 @@ def _expand_list(given: str, root: Path, depth: int) -> Iterator[Source | Defect
         )
         return
     try:
+        if not file.is_file() and file.exists():
+            yield Defect(
+                given, problem="the list is not a regular file", remedy="write one path a line in a file"
+            )
+            return
+        if file.exists() and file.stat().st_size > _MAX_LIST_BYTES:
+            yield Defect(
+                given, problem=f"the list has more than {_MAX_LIST_BYTES} bytes", remedy="is it a list?"
+            )
+            return
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         yield Defect(given, problem="the list is not UTF-8 text", remedy="write one path a line")
@@ -120,6 +131,10 @@ def _expand_list(given: str, root: Path, depth: int) -> Iterator[Source | Defect
     if not entries:
         yield Defect(given, problem="the list is empty", remedy="write one path a line")
     for entry in entries:
+        named = file.parent / os.path.expanduser(entry[1:]) if entry.startswith("@") else None
+        if named is not None and os.path.realpath(named) == os.path.realpath(file):
+            yield Defect(given, problem="the list names itself", remedy=f"take the line {entry} out")
+            continue
         yield from _expand(entry, file.parent, depth + 1)
 
 

@@ -22,6 +22,7 @@ from lorazip.terms import Core, Form, Layout, Own, Shared, Term
 
 FORMAT = "lorazip-bundle"
 VERSION = 1
+MAX_EXTENT = 2**24  # rows or columns of a module; the largest vocabularies have a million
 ABSENT = -1  # in place of a form: the adapter does not have this module
 MAX_MANIFEST = 256 * 2**20
 MAX_TERMS = 64  # of a form: a term may repeat a shared tensor, so each costs memory that no file had to hold
@@ -229,6 +230,10 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         for (name, out, in_), i in zip(body["modules"], indices, strict=True)
     )
     _unique([m.name for m in modules], "module")
+    if not modules or not isinstance(body["adapters"], list) or not body["adapters"]:
+        raise ValueError("a bundle has at least one module and one adapter")
+    if max(max(m.out, m.in_) for m in modules) > MAX_EXTENT:
+        raise ValueError(f"a module has more than {MAX_EXTENT} rows or columns")
     adapters = tuple(_adapter(item, modules, forms, _object(body["config"])) for item in body["adapters"])
     _unique([a.name for a in adapters], "adapter")
     for names in twins([a.name for a in adapters]).values():

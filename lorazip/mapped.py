@@ -69,7 +69,10 @@ class Mapped:
         if not same:
             raise FormatError("the file changed while it was in use")
         if self._map is None:
-            self._map = torch.from_file(
-                str(self.path), shared=False, size=self.header.size, dtype=torch.uint8
-            )
+            try:
+                self._map = torch.from_file(
+                    str(self.path), shared=False, size=self.header.size, dtype=torch.uint8
+                )
+            except RuntimeError as error:  # a path that is not UTF-8, a file system without maps
+                raise FormatError("cannot be mapped into memory (is its path not UTF-8?)") from error
         return self._map

@@ -16,7 +16,7 @@ from typing import Any
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG = 2**20  # bytes; real configs have one to a hundred kB
 
-MAX_RANK = 65536
+MAX_RANK = 4096
 SCALE_RANGE = (1e-6, 1e6)
 
 # Fields that change what PEFT computes with the factors; not empty means refused.

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from lorazip.adapter import Adapter, open_adapter
-from lorazip.errors import Defect, InputError
+from lorazip.errors import Defect, InputError, UsageError, printable
 from lorazip.locate import Source, find, resolve
 
 __all__ = ["Inputs", "Source", "examine", "open_adapters", "resolve"]
@@ -74,6 +74,10 @@ def open_adapters(
     Raises:
         InputError: with all defects of all inputs; with skip_bad only if no adapter is left.
     """
+    if isinstance(paths, str):  # a text is a sequence of texts too: its letters would be taken for paths
+        paths = [paths]
+    if base is not None and (not base.strip() or not base.isprintable()):
+        raise UsageError(f"base {printable(base)!r} is not the name of a model (is a variable unset?)")
     adapters, defects = examine(paths, base=base, progress=progress)
     if not adapters or (defects and not skip_bad):
         raise InputError(defects)

@@ -432,7 +432,7 @@ def test_configs_that_are_accepted() -> None:
 
 def test_a_missing_rank_is_refused() -> None:
     assert [p.problem for p in peft_config.problems({"peft_type": "LORA"})] == [
-        "r is None, not an integer from 1 to 65536",
+        "r is None, not an integer from 1 to 4096",
         "lora_alpha is None, not a positive number up to 1e12",
     ]
 

@@ -165,9 +165,10 @@ def test_half_precision_exports(mixed: Path, tmp_path: Path, dtype: str, roundin
         assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
         for module in bundle.adapter(name).modules:
             factor = bundle.adapter(name).low_rank(module)
-            for suffix, exact in ((".lora_B.weight", factor.B), (".lora_A.weight", factor.A)):
-                found = tensors[P + module + suffix].float()
-                assert float((found - exact).abs().max()) <= rounding * float(exact.abs().max())
+            b, a = (tensors[P + module + end].float() for end in (".lora_B.weight", ".lora_A.weight"))
+            exact = factor.B @ factor.A
+            assert float((b @ a - exact).norm()) <= 2 * rounding * float(exact.norm())
+            assert torch.allclose(b.norm(dim=0), a.norm(dim=1), rtol=4 * rounding)  # one range for both
     base = llama()
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft" / "ant").eval()
     expected, untouched = merged(base, bundle.adapter("ant")), logits(base)

@@ -93,7 +93,7 @@ def test_lists(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     (tmp_path / "lists" / "two.txt").write_text(f"c\r\n{tmp_path}/lists/d\n")
     assert [name for name, _ in found("@lists/one.txt")] == ["a", "c", "d", "first"]
     (tmp_path / "loop.txt").write_text("@loop.txt")
-    assert "nested more than" in refused("@loop.txt")
+    assert "names itself" in refused("@loop.txt")
     (tmp_path / "empty.txt").write_text("# nothing\n")
     assert "the list is empty" in refused("@empty.txt")
     assert "cannot be read" in refused("@missing.txt")

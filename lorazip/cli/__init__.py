@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 could not decide. Re
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -51,4 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         # Of a kind that nobody foresaw; what is being written is whole or not there all the same.
         click.echo(f"error: {printable(str(error))}", err=True)
+        sys.exit(2)
+    except Exception as error:
+        # A fault of ours, or an input that nobody foresaw: the last net, so that a job's log has one line to act on.
+        if os.environ.get("LORAZIP_TRACEBACK"):
+            raise
+        text = printable(f"{type(error).__name__}: {error}")
+        click.echo(f"error: {text} (not foreseen: please report it with LORAZIP_TRACEBACK=1 set)", err=True)
         sys.exit(2)

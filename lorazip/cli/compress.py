@@ -12,7 +12,7 @@ from lorazip.codecs import CODECS
 from lorazip.compress import job
 from lorazip.compress.methods import NAMES
 from lorazip.compress.spec import Spec
-from lorazip.errors import UsageError
+from lorazip.errors import TargetError, UsageError
 
 
 @click.command(epilog="Example: lorazip compress adapters/ -o team.lorazip --max-error 0.05")
@@ -72,6 +72,8 @@ def compress(
     if output is None and not dry_run:
         raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")
     spec = Spec(method, rank, energy, max_error, clusters, weights, dtype, device)  # type: ignore[arg-type]
+    if page is not None:
+        _check_page(page, output, force)
     with render.progress() as progress:
         outcome = job.run(
             paths,
@@ -104,3 +106,13 @@ def compress(
     )
     if outcome.bundle is not None:
         click.echo(f"written: {outcome.bundle.path}")
+
+
+def _check_page(page: Path, output: Path | None, force: bool) -> None:
+    """Refuse before the run what would destroy something after it."""
+    if not page.parent.is_dir():
+        raise TargetError(f"{page} cannot be written: {page.parent} is not a directory (make it first)")
+    if page.exists() and not (force and page.is_file() and page.suffix in (".html", ".htm")):
+        raise TargetError(f"{page} exists (--force replaces an .html file; or choose another name)")
+    if output is not None and page.resolve().is_relative_to(output.resolve()):
+        raise TargetError(f"{page} lies in the bundle, which holds nothing else (choose another place)")

@@ -9,6 +9,7 @@ import click
 from lorazip import units
 from lorazip.bundle import Bundle
 from lorazip.cli import render
+from lorazip.errors import printable
 
 
 @click.command(epilog="Example: lorazip info team.lorazip")
@@ -45,15 +46,17 @@ def info(bundle: Path, as_json: bool) -> None:
         render.as_json({**figures, "per_adapter": rows})
         return
     revision = f" at {manifest.revision}" if manifest.revision else ""
-    click.echo(f"{bundle}: {units.counted(len(rows), 'adapter')} of {manifest.base}{revision}")
+    click.echo(
+        f"{bundle}: {units.counted(len(rows), 'adapter')} of {printable(manifest.base)}{printable(revision)}"
+    )
     options = ", ".join(f"{key} {value}" for key, value in manifest.options.items() if value is not None)
-    click.echo(f"{options}; {units.counted(len(manifest.modules), 'module')}")
+    click.echo(f"{printable(options)}; {units.counted(len(manifest.modules), 'module')}")
     click.echo(
         f"{units.size(opened.original_bytes)} -> {units.size(opened.nbytes)} "
         f"({figures['ratio']:.2f}x), of it shared {units.size(int(str(figures['shared_bytes'])))}"
     )
     for line in manifest.skipped:
-        click.echo(f"skipped when it was made: {line}")
+        click.echo(f"skipped when it was made: {printable(line)}")
     table = [
         [str(r["name"]), f"{r['error']:.4f}", str(r["modules"]), units.size(int(str(r["original_bytes"]))),
          units.size(int(str(r["bytes"])))]

@@ -134,7 +134,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda p: header(p, rename(A, A.replace("lora_A", "lora_a"))),
         (MODULE, "lora_a.weight"),
     ),
-    "huge shape": (lambda p: header(p, entry(A, shape=[2**62, 2**62])), (MODULE, A, "needs")),
+    "huge shape": (lambda p: header(p, entry(A, shape=[2**62, 2**62])), (MODULE, A, "too many elements")),
     "negative shape": (lambda p: header(p, entry(A, shape=[-4, -24])), (MODULE, A, "its shape is not")),
     "shape of a thousand": (lambda p: header(p, entry(A, shape=[1] * 1000)), (MODULE, A, "its shape is not")),
     "shape of booleans": (lambda p: header(p, entry(A, shape=[True, True])), (MODULE, A, "its shape is not")),
