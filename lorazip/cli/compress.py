@@ -67,7 +67,8 @@ def compress(
 
     PATH is a PEFT directory, a directory of them (at any depth), a glob, @list.txt, a Hub id (org/name[@revision]),
     or NAME=PATH to choose a name. Without --rank, --energy and --max-error the paper's rule decides: up to 100
-    adapters one basis of n/2 + 7 columns, above that 16 columns and as many clusters as needed.
+    adapters one basis of n/2 + 7 columns, above that 16 columns and as many clusters as needed. svd then keeps 90 % of
+    the energy of every module, mean the largest rank of the adapters.
     """
     if output is None and not dry_run:
         raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")

@@ -313,7 +313,7 @@ def test_resuming_a_finished_job_reports_it(
     data[-1] ^= 0x40
     weights.write_bytes(data)
     assert_refused(nursery.run(*command, "--resume"), *other)
-    make_adapter("zoo/bee", modules=SHAPES, rank=2, task_type="SEQ_CLS2")
+    make_adapter("zoo/bee", modules=SHAPES, rank=2, task_type="CAUSAL_XX")
     assert_refused(nursery.run(*command, "--resume"), *other)
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
 
