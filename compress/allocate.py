@@ -21,6 +21,7 @@ from lorazip.compress.spec import Spec
 from lorazip.compress.svd import least_ranks
 from lorazip.errors import UndecidedError
 
+HELD_OUT = 64  # principal directions that are tried at first
 STEP = 1.25  # between the ranks that are tried at first
 NEAR = 3  # all ranks so close to a small best one are tried: bytes do not fall and rise smoothly
 FINE = 0.02  # of the best rank: steps that would change the bytes by less than that are not taken
@@ -104,10 +105,15 @@ def _held_out_rank(module: Module, target: float) -> int:
     if len(kept) < 2:
         raise UndecidedError(f"{module.name}: held-out energy needs at least two adapters (give --rank)")
     stack = module.stack.select(kept).scaled(module.weights[kept].sqrt())
-    fitted, random, mean = subspace.held_out_energy(stack, module.most)
-    reached = (fitted >= target).nonzero()
-    if len(reached):
-        return int(reached[0]) + 1
+    most = min(HELD_OUT, module.most)
+    while True:  # few directions first: fits of many are costly
+        fitted, random, mean = subspace.held_out_energy(stack, most)
+        reached = (fitted >= target).nonzero()
+        if len(reached):
+            return int(reached[0]) + 1
+        if most == module.most:
+            break
+        most = min(4 * most, module.most)
     raise UndecidedError(
         f"{module.name}: no number of principal directions holds {target} of unseen adapters: {len(fitted)} hold "
         f"{float(fitted[-1]):.3f}, as many random ones {float(random[-1]):.3f}, the mean adapter {float(mean):.3f} "

@@ -81,7 +81,7 @@ class Frame:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """rows rows^T (R, R) float64; block by block of the lower half, the rest is its mirror."""
+    """The lower half of rows rows^T (R, R), float64, block by block; a Cholesky reads no more."""
     count, step = len(rows), max(1, len(rows) // 8)
     gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
     width = max(1, CHUNK_ELEMENTS // max(1, count))
@@ -90,7 +90,7 @@ def _gram(rows: Tensor) -> Tensor:
         for start in range(0, count, step):
             end = min(start + step, count)
             gram[start:end, :end].addmm_(part[start:end], part[:end].T)
-    return gram.tril() + gram.tril(-1).T
+    return gram
 
 
 def orthonormal(columns: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from lorazip import manifest as manifests
 from lorazip.bundle import ADAPTERS, MANIFEST, SHARED
 from lorazip.compress.assemble import skipped
 from lorazip.compress.spec import Spec
-from lorazip.errors import TargetError
+from lorazip.errors import LorazipError, TargetError
 from lorazip.files import flush, locked, write_bytes
 from lorazip.peft_keys import WEIGHTS_FILE
 from lorazip.sources import Inputs
@@ -136,7 +136,7 @@ def working(output: Path, job: str, resume: bool, force: bool) -> Iterator[Path]
             yield partial
         except TargetError:
             raise  # no room, say: with some it can go on
-        except Exception:  # of the options or inputs: a resumed run would meet it again
+        except LorazipError:  # of the options or inputs: a resumed run would meet it again
             discard(partial, output)
             raise
 

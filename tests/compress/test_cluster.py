@@ -110,6 +110,17 @@ def test_the_loss_never_rises(monkeypatch: pytest.MonkeyPatch, method: str) -> N
     assert losses[-1] < losses[0] or method == "eigenlora"  # whose members all prefer the bases at home
 
 
+def test_adapters_move_where_they_fit_better_but_never_leave_a_cluster_empty() -> None:
+    errors = torch.tensor([[0.5, 0.9], [0.6, 0.1], [0.2, 0.3], [0.2, 0.2 - 1e-9]], dtype=torch.float64)
+    labels = [0, 0, 1, 0]
+    assert cluster._reassign(errors, labels) == {0, 1}
+    assert labels == [0, 1, 0, 0]  # the last one hardly prefers the other: it stays
+    alone = [0, 0, 1, 0]
+    assert cluster._reassign(errors[:, [0, 0]], alone) == set() and alone == [0, 0, 1, 0]
+    lonely = [1, 0, 0, 0]
+    assert cluster._reassign(torch.tensor([[0.1, 0.9]] * 4), lonely) == set() and lonely == [1, 0, 0, 0]
+
+
 def test_residuals_and_labels_belong_to_the_pairs_returned() -> None:
     factors = related((4, 3) * 6, 40, 50, clusters=3)
     stack, weights, energies = prepared(factors)
@@ -226,7 +237,7 @@ def test_sizes_differ_by_one_at_most() -> None:
 # --- the paper's rule -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("clusters", "noise", "rank"), [(1, 0.2, 6), (4, 0.2, 6), (6, 0.25, 8)])
+@pytest.mark.parametrize(("clusters", "noise", "rank"), [(1, 0.2, 6), (4, 0.2, 6), (6, 0.4, 6), (8, 0.4, 6)])
 def test_the_papers_rule_is_the_least_number_with_an_error_below_its_bound(
     clusters: int, noise: float, rank: int
 ) -> None:

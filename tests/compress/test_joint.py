@@ -242,6 +242,18 @@ def test_diagonal_cores_and_residuals_are_the_least_squares_ones() -> None:
     assert torch.allclose(found, dense, rtol=1e-5)
 
 
+def test_diagonal_cores_tell_columns_apart_that_are_nearly_parallel() -> None:
+    factors = related((4, 2, 3), 40, 30)
+    stack, _ = canonical(load(factors, CPU))
+    random = torch.Generator().manual_seed(2)
+    left, right = torch.randn(40, 4, generator=random), torch.randn(30, 4, generator=random)
+    left[:, 3] = left[:, 0] + 1e-2 * left[:, 3]
+    right[:, 3] = right[:, 0] + 1e-2 * right[:, 3]
+    found = joint.diagonal_cores(stack, Pair(left, right))
+    wanted = best_diagonals(stacked(factors, unit=False), left.double(), right.double())
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
 # --- JD-Diag ----------------------------------------------------------------------------------------------------------
 
 
