@@ -182,21 +182,20 @@ def overlaps(stack: Stack, rank: int) -> Tensor:
     Args:
         stack: balanced, so that the rows of one adapter are orthogonal.
     """
+    stack = stack.scaled(torch.where(stack.energies > 0, stack.energies.rsqrt(), 0))
     left, right = _sketched(stack.left), _sketched(stack.right)
     n, r = len(stack), min(rank, stack.width, PROBES)
     lengths = stack.left.norm(dim=1, keepdim=True)
     unit = torch.where(lengths > 0, 1 / lengths, 0)
     u, v = stack.pad(left * unit)[:, :r], stack.pad(right * unit)[:, :r]  # (n, r, d)
-    energies = stack.energies.to(left.dtype).clamp_min(torch.finfo(left.dtype).tiny)
     found, step = [], max(1, CHUNK_ELEMENTS // (n * stack.width * r))
     for first in range(0, n, step):
         some_u, some_v = u[first : first + step], v[first : first + step]
         shape = n, stack.width, len(some_u), r
-        one = (
-            stack.pad(left @ some_u.flatten(0, 1).T).view(shape).permute(2, 0, 3, 1)
-        )  # U_i^T left_j^T (c, n, r, r_j)
+        # U_i^T left_j^T (c, n, r, r_j) and right_j V_i (c, n, r_j, r)
+        one = stack.pad(left @ some_u.flatten(0, 1).T).view(shape).permute(2, 0, 3, 1)
         other = stack.pad(right @ some_v.flatten(0, 1).T).view(shape).permute(2, 0, 1, 3)
-        found.append((one @ other).square().sum((2, 3)) / energies)
+        found.append((one @ other).square().sum((2, 3)))
     return torch.cat(found).clamp_max(1).cpu()
 
 

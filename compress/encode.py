@@ -113,7 +113,7 @@ def encode(name: str, factors: Sequence[LowRank], spec: Spec) -> ModuleCode:
             encoded = _encode_joint(module, spec)
         layout, shared, own = encoded
         if spec.max_error is not None:
-            own = [o if _fits(o, spec.dtype) else OwnFactors((), ()) for o in own]
+            own = [o if o.exact or _fits(o.tensors, spec.dtype) else OwnFactors((), ()) for o in own]
         code = measured(module, loaded, layout, shared, own)
         if spec.max_error is not None and spec.method != "svd":
             code = with_fallbacks(module, loaded, factors, spec, code, own)
@@ -122,10 +122,10 @@ def encode(name: str, factors: Sequence[LowRank], spec: Spec) -> ModuleCode:
     return code
 
 
-def _fits(factors: OwnFactors, dtype: str) -> bool:
-    """Whether the codec can hold these numbers; with a bound, an adapter that does not fit falls back."""
+def _fits(tensors: Sequence[Tensor], dtype: str) -> bool:
+    """Whether the codec can hold these numbers; with a bound, what does not fit falls back instead of failing."""
     most = torch.finfo(getattr(torch, dtype)).max
-    return factors.exact or all(float(t.abs().max()) <= most for t in factors.tensors)
+    return all(float(t.abs().max()) <= most for t in tensors)
 
 
 def own_factors(module: Module, i: int, spec: Spec, factor: LowRank) -> OwnFactors:
@@ -141,8 +141,8 @@ def own_factors(module: Module, i: int, spec: Spec, factor: LowRank) -> OwnFacto
         if spec.max_error is None or svd.residual(cut, factor) <= spec.max_error * energy:
             return cut
     if spec.energy is not None:
-        # Kept energy is 1 - left-out energy; a hair of slack for energy = 1 in rounded singular values.
-        allowed = sigma.new_tensor([(1 - spec.energy + 1e-15) * energy])
+        # Kept energy is 1 - left-out energy; a hair of slack, for at energy = 1 rounding would count as energy.
+        allowed = sigma.new_tensor([(1 - spec.energy + 1e-13) * energy])
         rank = int(svd.least_ranks(sigma[None], allowed))
         return svd.truncated(left, right, max(rank, int(energy > 0)), spec.dtype)
     assert spec.max_error is not None
@@ -161,7 +161,7 @@ def _encode_joint(module: Module, spec: Spec) -> Encoded:
     own: list[OwnFactors] = [OwnFactors((), ())] * len(module.stack)
     for c, pair in enumerate(clusters.pairs):
         members = [i for i, label in enumerate(clusters.labels) if label == c and module.energies[i] > 0]
-        if not members:
+        if not members or (spec.max_error is not None and not _fits((pair.left, pair.right), spec.dtype)):
             continue
         stored = []
         for tensor, side in ((pair.left, "left"), (pair.right, "right")):

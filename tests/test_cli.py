@@ -324,6 +324,15 @@ def test_what_is_no_bundle_or_a_damaged_one_ends_with_1(zoo: Path, team: Path, l
     assert lorazip("verify", team).code == 0
 
 
+def test_errors_that_nobody_foresaw_are_no_tracebacks(team: Path, lorazip: Run) -> None:
+    (team / "adapters" / "ant.safetensors").unlink()
+    (team / "adapters" / "ant.safetensors").mkdir()
+    ended = lorazip("remove", team, "ant")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: [Errno 21] Is a directory: 'team/adapters/ant.safetensors'\n"
+    assert lorazip("verify", team).code == 0  # which is without ant already
+
+
 def test_what_cannot_be_decided_ends_with_3(zoo: Path, lorazip: Run) -> None:
     ended = lorazip("compress", zoo, "-o", "team", "--method", "eigenlora", "--energy", "0.999")
     assert (ended.code, ended.out) == (3, "")
@@ -502,6 +511,7 @@ def test_the_manifest_tells_nothing_about_the_machine(
     ):
         assert secret not in text, secret
     assert not re.search(r"\b20\d\d-\d\d|\d\d:\d\d", text)
+    assert "save_pretrained" not in text  # advice to whoever made the bundle is not for its readers
     assert str(tmp_path) not in (Path("team") / "README.md").read_text()
 
 

@@ -190,6 +190,7 @@ def dense_overlaps(factors: Sequence[LowRank], rank: int) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_overlaps_are_those_of_the_dense_matrices(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     factors = [*related((4, 2, 9, 4), 20, 30), LowRank(torch.zeros(20, 2), torch.ones(2, 30), 1.0)]
+    factors[1] = LowRank(factors[1].B * 1e-20, factors[1].A, 2.0)  # strength does not matter
     monkeypatch.setattr(cluster, "CHUNK_ELEMENTS", 300)
     stack, _, _ = prepared(factors)
     found = cluster.overlaps(stack, rank)

@@ -29,7 +29,8 @@ from reference import (
 from torch import Tensor
 
 from lorazip.adapter import LowRank
-from lorazip.compress import allocate, frame
+from lorazip.compress import allocate, cluster, frame
+from lorazip.compress import encode as encoding
 from lorazip.compress.encode import ModuleCode, encode, load, prepare, residuals2
 from lorazip.compress.spec import Spec
 from lorazip.errors import CodecError
@@ -149,6 +150,22 @@ def test_storage_in_16_bits_costs_little(method: str, dtype: str) -> None:
     unit = {"float32": 1e-7, "float16": 1e-7, "bfloat16": 64e-7}[dtype]
     assert float((rounded - exact).mean()) <= 10 * unit
     assert float((rounded - exact).abs().max()) <= 300 * unit
+
+
+def test_cores_are_fitted_to_the_bases_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, tuple[int, int]]] = []
+    real = encoding.cores
+
+    def spy(stack: Any, members: Any, pair: Any, asked: Spec, at: tuple[int, int]) -> Any:
+        seen.append((pair, at))
+        return real(stack, members, pair, asked, at)
+
+    monkeypatch.setattr(encoding, "cores", spy)
+    code = encode("m", zoo("20.k_proj"), spec("jd-full", rank=9, clusters=2, dtype="bfloat16"))
+    assert [at for _, at in seen] == [(0, 1), (2, 3)]
+    for pair, at in seen:
+        for side, index in zip((pair.left, pair.right), at, strict=True):
+            assert torch.equal(side.T.flatten(), code.shared[index][0].float())
 
 
 @pytest.mark.parametrize("method", ["svd", "jd-full", "jd-diag", "eigenlora"])
@@ -358,12 +375,22 @@ def test_a_rank_and_a_bound_of_svd() -> None:
     assert not any(code.fallbacks)  # svd shares nothing that could be fallen back from
 
 
-def test_a_base_that_all_have_left_is_not_stored() -> None:
+@pytest.mark.parametrize("method", JOINT)
+def test_with_a_bound_what_the_codec_cannot_hold_falls_back(method: str) -> None:
+    """Matrices of norm 10^13 on a given rank: bases or cores overflow float16, and so would truncated factors."""
+    factors = [LowRank(f.B * 1e6, f.A * 1e6, f.scale) for f in related((3, 3), 24, 40, noise=0.01)]
+    code = encode("m", factors, spec(method, rank=6, max_error=0.5, dtype="float16"))
+    assert all(code.fallbacks) and code.layout == () and not code.residuals.any()
+    assert code.own[0][0].dtype == torch.float32
+
+
+def test_a_base_that_all_have_left_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     planted = related((4,) * 4, 40, 48, noise=0.01)
     random = torch.Generator().manual_seed(0)
     strangers = [
         LowRank(torch.randn(40, 9, generator=random), torch.randn(9, 48, generator=random)) for _ in range(4)
     ]
+    monkeypatch.setattr(cluster, "partitions", lambda *given: [[0] * 4 + [1] * 4])  # it is the first of two
     code = encode("m", [*strangers, *planted], Spec(rank=6, clusters=2, max_error=0.1))
     assert code.fallbacks == (True,) * 4 + (False,) * 4 and len(code.layout) == 2
     assert {(form[0].left, form[0].right) for form in code.forms[4:]} == {(0, 1)}
@@ -382,6 +409,17 @@ def test_svd_by_energy_takes_the_least_rank(energy: float) -> None:
     code = encode("m", factors, spec("svd", energy=energy, dtype="float32"))
     for factor, form in zip(factors, code.forms, strict=True):
         assert form[0].left.columns == int((1 - tails(dense(factor)) < energy - 1e-14).sum())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_all_of_the_energy_is_not_all_of_the_rows(seed: int) -> None:
+    """32 columns of rank 16: what the rest adds is rounding."""
+    random = torch.Generator().manual_seed(seed)
+    b = torch.randn(200, 16, generator=random) @ torch.randn(16, 32, generator=random)
+    factor = LowRank(b, torch.randn(32, 300, generator=random), 1.0)
+    code = encode("m", [factor], spec("svd", energy=1.0, dtype="float32"))
+    assert code.forms[0][0].left.columns == 16  # type: ignore[union-attr]
+    assert float(errors(code, [factor])[0]) < 1e-12
 
 
 def test_a_value_that_the_codec_cannot_hold_is_named_without_a_bound() -> None:
