@@ -140,7 +140,8 @@ class Check:
     Attributes:
         rule: `min-retention` (of `kept`) or `max-drop` (of -`difference`).
         threshold: as given.
-        value: the figure that was judged, in the rule's own direction.
+        value: the figure that was judged, in the rule's own direction; None where it could not be measured (no adapter
+            is far enough above the base for `kept`): undecided, and no number of examples would help.
         verdict: by the interval's bounds, or by the estimate alone (`Gate.point`).
         examples_needed: if undecided, about how many examples would decide it, were the estimate right; None where no
             number would (the estimate lies on the threshold).
@@ -149,7 +150,7 @@ class Check:
     arm: str
     rule: Literal["min-retention", "max-drop"]
     threshold: float
-    value: Interval
+    value: Interval | None
     verdict: Verdict
     examples_needed: int | None
 

@@ -74,6 +74,12 @@ class BundleError(LorazipError):
     exit_code = 1
 
 
+class CheckError(LorazipError):
+    """An evaluation cannot be trusted: an adapter does not act in the model as its factors say."""
+
+    exit_code = 1
+
+
 class UndecidedError(LorazipError):
     """The data do not determine an answer (a target energy that no rank reaches on held-out adapters)."""
 

@@ -14,6 +14,7 @@ from lorazip.bundle import ADAPTERS, MANIFEST, SHARED, Bundle, expected_files
 from lorazip.compress.job import Outcome
 from lorazip.header import TensorInfo, read_header
 from lorazip.terms import own_slots
+from lorazip.units import shape
 
 NAMED = 6  # fallbacks of an adapter that are named one by one
 
@@ -249,11 +250,6 @@ def carried(outcome: Outcome) -> list[Carried]:
             by_key[key].append(info)
     rows = []
     for key, infos in by_key.items():
-        types = sorted({f"{info.dtype} {shape_text(info.shape)}" for info in infos})
+        types = sorted({f"{info.dtype} {shape(info.shape)}" for info in infos})
         rows.append(Carried(key, len(infos), ", ".join(types), sum(info.nbytes for info in infos)))
     return sorted(rows, key=lambda row: (-row.nbytes, row.key))
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """576 × 192; "scalar" for ()."""
-    return " × ".join(map(str, shape)) or "scalar"

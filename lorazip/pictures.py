@@ -1,65 +1,25 @@
-"""The report's pictures: SVG that stands inside the page, in the page's own fonts and colours.
-
-Matplotlib knows neither of light and dark pages nor of their fonts: figures are drawn in the marker colours of
-`_COLOURS`, which then become CSS variables, and texts stay texts. Importing this file takes a second: import it late.
-"""
+"""The pictures of the compression report. Importing this file takes a second: import it late."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
-import matplotlib
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lorazip.drawing import INK, PAPER, SERIES, drawing, log_ticks, shorten, svg
 from lorazip.findings import Kind
 from lorazip.units import figure
 
-LINES = 8  # colours, and so kinds of modules that get a line of their own
-WIDTH = 10.0  # inches; the page scales pictures to its width
 MAX_NAMES = 50  # beside a heat map
 MAX_KINDS = 30  # below it
-MAX_NAME = 34  # characters
 ROW = 0.22  # inches of a heat map's row, as long as it has room
 TALLEST = 7.0  # inches of a heat map
 DECADES = 4  # of its scale: factors kept bit for bit must not take the colours from all others
-
-_INK, _MUTED, _LINE, _PAPER = "#010203", "#010204", "#010205", "#010206"
-_SERIES = tuple(f"#0103{i:02x}" for i in range(LINES))
-_COLOURS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _LINE: "var(--line)", _PAPER: "var(--paper)"} | {
-    colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)
-}
-_STYLE: Any = {  # Any: matplotlib wants each key as a literal type
-    "axes.axisbelow": True,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 8.0,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "text.parse_math": False,  # names may have dollar signs
-    "xtick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.color": _LINE,
-    "ytick.labelcolor": _MUTED,
-}
 
 
 def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -> Markup:
@@ -70,7 +30,7 @@ def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -
         shared: (n,) whether the adapter is in a shared-init group; the two sorts differ in colour if both occur.
         bound: the bound on the error that was asked for, or None.
     """
-    with _drawing("bars", 2.5) as (canvas, axes):
+    with drawing("bars", 2.5) as (canvas, axes):
         sorts = {"started from a shared A": True, "started from an A of its own": False}
         both = len(set(shared)) == 2
         for series, (label, sort) in enumerate(sorts.items()):
@@ -84,13 +44,13 @@ def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -
                     heights,
                     width=1 if many else 0.8,
                     antialiased=not many,
-                    color=_SERIES[series * both],
+                    color=SERIES[series * both],
                     label=label,
                 )
         # The higher one's label stands on its line, the lower one's below: they never meet.
         marks = [("mean", sum(errors) / len(errors))] + [("bound", b) for b in (bound,) if b is not None]
         for i, (name, height) in enumerate(sorted(marks, key=lambda mark: -mark[1])):
-            axes.axhline(height, color=_INK, linewidth=0.8, dashes=(4, 3))
+            axes.axhline(height, color=INK, linewidth=0.8, dashes=(4, 3))
             axes.annotate(
                 f"{name} {figure(height)}",
                 xy=(1, height),
@@ -106,7 +66,7 @@ def bars(errors: Sequence[float], shared: Sequence[bool], bound: float | None) -
         axes.yaxis.grid(True)
         if both:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-        return _svg(canvas, f"Error of each of {len(errors)} adapters, worst first")
+        return svg(canvas, f"Error of each of {len(errors)} adapters, worst first")
 
 
 def heat_map(errors: Tensor, names: Sequence[str], kinds: Sequence[tuple[str, int]]) -> Markup:
@@ -118,7 +78,7 @@ def heat_map(errors: Tensor, names: Sequence[str], kinds: Sequence[tuple[str, in
         kinds: of modules from left to right, and how many columns each has; m in all.
     """
     n, m = errors.shape
-    with _drawing("heat-map", min(TALLEST, ROW * n) + 0.8) as (canvas, axes):
+    with drawing("heat-map", min(TALLEST, ROW * n) + 0.8) as (canvas, axes):
         lowest, highest = _limits(errors)
         image = axes.imshow(
             errors.clamp_min(
@@ -137,21 +97,21 @@ def heat_map(errors: Tensor, names: Sequence[str], kinds: Sequence[tuple[str, in
         labels = [shorten(kind) for kind, _ in kinds[::step]]
         axes.set_xticks(middles[::step], labels, rotation=90 if len(kinds) > 8 else 0)
         for end in ends[:-1] if len(kinds) <= MAX_KINDS else []:
-            axes.axvline(end - 0.5, color=_PAPER, linewidth=1.2)
+            axes.axvline(end - 0.5, color=PAPER, linewidth=1.2)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         scale = canvas.colorbar(image, pad=0.01, fraction=0.03, aspect=30)
-        ticks = _log_ticks(lowest, highest)
+        ticks = log_ticks(lowest, highest)
         scale.set_ticks(ticks, labels=[figure(tick) for tick in ticks])
         scale.ax.minorticks_off()
         scale.ax.spines[:].set_visible(False)
-        return _svg(canvas, f"Error of {n} adapters in {m} modules, in logarithmic colours")
+        return svg(canvas, f"Error of {n} adapters in {m} modules, in logarithmic colours")
 
 
 def spectra(kinds: Sequence[Kind]) -> Markup:
-    """Share of energy by number of singular values, a line and a band (least to greatest) a kind, at most `LINES`."""
-    with _drawing("spectra", 3.2) as (canvas, axes):
-        for kind, colour in zip(kinds, _SERIES, strict=False):
+    """Share of energy by number of singular values; a line and a band (least to greatest) a kind, `LINES` at most."""
+    with drawing("spectra", 3.2) as (canvas, axes):
+        for kind, colour in zip(kinds, SERIES, strict=False):
             ranks = range(1, len(kind.mean) + 1)
             axes.fill_between(ranks, kind.low, kind.high, color=colour, alpha=0.15, linewidth=0)
             marker = "o" if len(ranks) <= 32 else ""
@@ -167,45 +127,7 @@ def spectra(kinds: Sequence[Kind]) -> Markup:
         axes.set_ylabel("share of the energy")
         axes.grid(True)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(canvas, "Share of energy in the largest singular values, by kind of module")
-
-
-def shorten(name: str) -> str:
-    """A name that is too long for a picture ends in an ellipsis."""
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
-
-
-@contextlib.contextmanager
-def _drawing(salt: str, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure in the page's style, whatever style the user's own matplotlibrc has.
-
-    Args:
-        salt: what the picture's ids are made from: pictures of one page must not share any.
-        height: inches.
-    """
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": salt})
-        # Matplotlib measures texts by a font that lacks some scripts; the browser then draws them with its own fonts.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        canvas = Figure((WIDTH, height), layout="constrained")
-        yield canvas, canvas.add_subplot()
-
-
-def _svg(canvas: Figure, label: str) -> Markup:
-    """The figure as a part of a page: no prolog, no ids but those in use, no fonts and colours of its own."""
-    file = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    canvas.savefig(file, format="svg", transparent=True, metadata=metadata)
-    text = file.getvalue()
-    text = text[text.index("<svg ") :]
-    text = re.sub(
-        r'<style.*?</style>|<metadata>.*?</metadata>|font-family: [^;"<>]*;? ?', "", text, flags=re.DOTALL
-    )
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    text = re.sub("|".join(_COLOURS), lambda match: _COLOURS[match.group()], text)
-    # Markup: matplotlib escapes the texts it writes.
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))
+        return svg(canvas, "Share of energy in the largest singular values, by kind of module")
 
 
 def _limits(errors: Tensor) -> tuple[float, float]:
@@ -216,14 +138,3 @@ def _limits(errors: Tensor) -> tuple[float, float]:
     highest = float(positive.max())
     lowest = max(float(positive.min()), highest * 10.0**-DECADES)
     return (lowest, highest) if lowest < 0.9 * highest else (highest / 2, highest)
-
-
-def _log_ticks(lowest: float, highest: float) -> list[float]:
-    """Some round numbers between two others; these themselves if there are too few."""
-    ticks: list[float] = []
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = [step * 10.0**power for power in range(-300, 3) for step in steps]
-        ticks = [tick for tick in ticks if lowest <= tick <= highest]
-        if len(ticks) >= 4:
-            break
-    return ticks[:: -(-len(ticks) // 8)] if len(ticks) > 1 else [lowest, highest]

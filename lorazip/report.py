@@ -1,20 +1,12 @@
-"""The report of a compression: one HTML page that needs nothing but itself.
-
-The page has no scripts, and its content security policy forbids them and every request: names come from strangers'
-files. They are escaped by jinja2, and by matplotlib in pictures.
-"""
+"""The report of a compression: one HTML page that needs nothing but itself."""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
-import jinja2
-
-from lorazip import __version__, findings, units
+from lorazip import findings, page
 from lorazip.compress.groups import shared_init_groups
 from lorazip.compress.job import Outcome
-from lorazip.errors import printable
 from lorazip.files import write_bytes
 
 LISTED = 100  # rows of the lists that can be as long as the input; how many are left out is said
@@ -36,20 +28,19 @@ def render(outcome: Outcome) -> str:
     Raises:
         InputError: an adapter changed since it was compressed (its A is read again, to find the shared-init groups).
     """
-    from lorazip import pictures  # imports matplotlib, which takes a second
+    from lorazip import drawing, pictures  # import matplotlib, which takes a second
 
     groups = shared_init_groups(outcome.inputs.adapters)
     names = {adapter.name for adapter in outcome.inputs.adapters}
     shared = {name for group in groups for name in group}
     rows = findings.adapter_rows(outcome, groups)
     kinds = findings.kinds(outcome)
-    drawn = sorted(kinds, key=lambda kind: -len(kind.columns))[: pictures.LINES]
+    drawn = sorted(kinds, key=lambda kind: -len(kind.columns))[: drawing.LINES]
     place = {adapter.name: i for i, adapter in enumerate(outcome.inputs.adapters)}
     cells = outcome.errors[[place[row.name] for row in rows]][:, [c for kind in kinds for c in kind.columns]]
-    return _template().render(
-        version=__version__,
-        base=printable(outcome.inputs.base),
-        revision=printable(outcome.inputs.revision or ""),
+    return page.template("report.html.j2").render(
+        base=outcome.inputs.base,
+        revision=outcome.inputs.revision,
         summary=outcome.summary(),
         dry_run=outcome.bundle is None,
         bytes=findings.byte_rows(outcome),
@@ -72,26 +63,3 @@ def render(outcome: Outcome) -> str:
         carried=findings.carried(outcome),
         listed=LISTED,
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lorazip"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "size": units.size,
-        "figure": units.figure,
-        "times": units.times,
-        "share": units.share,
-        "duration": units.duration,
-        "counted": units.counted,
-        "printable": printable,
-        "shape": findings.shape_text,
-        "last_part": lambda path: Path(path).name,
-    }
-    return environment.get_template("report.html.j2")

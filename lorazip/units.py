@@ -1,6 +1,8 @@
-"""Numbers as people read them: bytes, errors, times, counts."""
+"""Numbers as people read them: bytes, errors, times, counts, shapes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def size(nbytes: int) -> str:
@@ -39,6 +41,11 @@ def duration(seconds: float) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """A number and its noun: 1 adapter, 1,200 adapters."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def shape(sides: Sequence[int]) -> str:
+    """576 × 192; "scalar" for ()."""
+    return " × ".join(map(str, sides)) or "scalar"
 
 
 def _three(value: float) -> str:

@@ -13,6 +13,7 @@ import click
 from lorazip import __version__
 from lorazip.cli.add import add
 from lorazip.cli.compress import compress
+from lorazip.cli.eval import evaluate
 from lorazip.cli.export import export
 from lorazip.cli.info import info
 from lorazip.cli.inspect import inspect
@@ -30,7 +31,7 @@ def group() -> None:
     """Compress many LoRA adapters of one base model into one verified bundle, and get them back."""
 
 
-for command in (inspect, compress, info, verify, export, add, remove):
+for command in (inspect, compress, info, verify, export, add, remove, evaluate):
     group.add_command(command)
 
 

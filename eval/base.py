@@ -1,0 +1,65 @@
+"""A base model on disk: where it lies, its tokenizer, how much it takes. The user names it, never a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorazip.errors import Defect, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def locate(base: str) -> Path:
+    """The directory of a base model: the path itself, or the Hub's files in the local cache.
+
+    Raises:
+        InputError: there is no such model, or its weights are not safetensors.
+    """
+    path = Path(base)
+    if not path.exists() and base.count("/") == 1 and not base.startswith((".", "/")):
+        from huggingface_hub import snapshot_download
+
+        name, _, revision = base.partition("@")
+        try:
+            path = Path(snapshot_download(name, revision=revision or None, allow_patterns=MODEL_FILES))
+        except Exception as error:  # the client lets through what its HTTP library raises
+            remedy = "check the name and the network, or download it and give the directory"
+            raise InputError(
+                [Defect(base, problem=f"the Hub does not give it: {error}", remedy=remedy)]
+            ) from error
+    if not (path / "config.json").is_file():
+        raise InputError(
+            [Defect(base, problem="is no base model: it has no config.json", remedy="check --base")]
+        )
+    if not any(path.glob("*.safetensors")):
+        problem = "has no safetensors weights; pickles can run code when they are loaded, and are not read"
+        raise InputError([Defect(base, problem=problem, remedy="save it with save_pretrained")])
+    return path
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer. Raises InputError."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            base, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"its tokenizer cannot be loaded: {error}"
+        raise InputError([Defect(str(base), problem=problem, remedy="save it beside the model")]) from error
+    return tokenizer
+
+
+def context_length(base: Path) -> int:
+    """Tokens that the model takes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 2048))

@@ -1,0 +1,273 @@
+"""The embedded backend: transformers and PEFT in this process, one adapter at a time, swapped in memory.
+
+PEFT wraps every adapted linear layer once; an adapter is then put in place by handing its factors to the wrapped
+layers, from wherever they are (a PEFT directory, a bundle), without a file or a copy of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorazip.errors import Defect, InputError
+from lorazip.eval.backend import Acting, Answer, Call, Forced, Greedy, Scores, Written, require_plain
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SLOT = "lorazip"
+TOKENS = {
+    "cpu": 2048,
+    "cuda": 16384,
+}  # of a batch, padding included: enough to keep two cores, or a GPU, busy
+LOGITS = 2**27  # numbers of one batch's logits: 0.5 GB in float32
+
+
+class TransformersBackend:
+    """`lorazip.eval.backend.Backend` on transformers.
+
+    Attributes:
+        model: the base with one PEFT slot on all modules that any adapter has.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        actings: Sequence[Acting],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        require_plain(actings)
+        self._actings = {acting.key: acting for acting in actings}
+        self._tokenizer = tokenizer
+        self._device = device
+        self._tokens = TOKENS.get(device.type, TOKENS["cuda"])
+        plain = load(base, dtype, device)
+        self._modules = sorted({module for acting in actings for module in acting.adapter.modules})
+        check_shapes(plain, actings)
+        self.model: Any = _with_slot(plain, self._modules) if actings else plain
+        self._inside: str | None = None
+
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Answer]]:
+        """Answer the calls, adapter by adapter, in batches of one kind and about one length."""
+        order = sorted(range(len(calls)), key=lambda i: _rank(calls[i]))
+        for (adapter, *_), group in groupby(order, key=lambda i: _rank(calls[i])[:3]):
+            members = list(group)
+            with self._acting(adapter or None):
+                for batch in self._batches(calls, members):
+                    forced = [call for i in batch if isinstance(call := calls[i], Forced)]
+                    greedy = [call for i in batch if isinstance(call := calls[i], Greedy)]
+                    answers = self._forced(forced) if forced else self._greedy(greedy)
+                    yield from zip(batch, answers, strict=True)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self.model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _acting(self, key: str | None) -> Any:
+        """A context in which this adapter acts; for None, in which none does."""
+        import contextlib
+
+        if key is None:
+            return self.model.disable_adapter() if self._actings else contextlib.nullcontext()
+        if key != self._inside:
+            self._put(self._actings[key])
+            self._inside = key
+        return contextlib.nullcontext()
+
+    def _put(self, acting: Acting) -> None:
+        """Hand this adapter's factors to the slot; modules that it does not have get factors of rank 0."""
+        for name in self._modules:
+            layer: Any = self.model.base_model.model.get_submodule(name)
+            a, b = layer.lora_A[SLOT], layer.lora_B[SLOT]
+            kind, device = layer.get_base_layer().weight.dtype, layer.get_base_layer().weight.device
+            if name in acting.adapter.modules:
+                factor = acting.adapter.low_rank(name)
+                new = factor.A.to(device, kind), (factor.scale * factor.B.float()).to(device, kind)
+            else:
+                new = (
+                    torch.zeros(0, a.in_features, device=device, dtype=kind),
+                    b.weight.new_zeros(b.out_features, 0),
+                )
+            a.weight, b.weight = (nn.Parameter(t.contiguous(), requires_grad=False) for t in new)
+
+    def _batches(self, calls: Sequence[Call], members: Sequence[int]) -> Iterator[list[int]]:
+        """Cut into batches with bounded padded tokens and logits; `members` fall in length, so the first is widest."""
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        start = 0
+        while start < len(members):
+            first = calls[members[start]]
+            width = len(first.prompt) + _longest(first)
+            rows = max(1, self._tokens // width)
+            if isinstance(first, Forced):
+                longest = max(_longest(calls[i]) for i in members[start : start + rows])
+                rows = max(1, min(rows, LOGITS // (vocabulary * (longest + 1))))
+            yield list(members[start : start + rows])
+            start += rows
+
+    @torch.inference_mode()
+    def _forced(self, calls: Sequence[Forced]) -> Iterator[Scores]:
+        """One forward pass; padded on the left, so that the answers end together and only their logits are made."""
+        keep = max(len(call.answer) for call in calls) + 1
+        ids, mask = self._padded([(*call.prompt, *call.answer) for call in calls])
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+        ).logits[:, -keep:-1]
+        targets = ids[:, 1 - keep :]
+        for row, target, call in zip(logits, targets, calls, strict=True):
+            n = len(call.answer)
+            yield scores(row[-n:], target[-n:])
+
+    @torch.inference_mode()
+    def _greedy(self, calls: Sequence[Greedy]) -> Iterator[Written]:
+        ids, mask = self._padded([call.prompt for call in calls])
+        stop = list(calls[0].stop)
+        made = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=calls[0].limit,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=self._pad,
+            eos_token_id=self._tokenizer.eos_token_id,
+            **({"stop_strings": stop, "tokenizer": self._tokenizer} if stop else {}),
+        )
+        for row, call in zip(made[:, ids.shape[1] :].tolist(), calls, strict=True):
+            tokens = _until(row, int(self._tokenizer.eos_token_id))
+            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+            yield Written(cut(text, call.stop), tuple(tokens))
+
+    @property
+    def _pad(self) -> int:
+        pad = self._tokenizer.pad_token_id
+        return int(self._tokenizer.eos_token_id if pad is None else pad)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (rows, longest), padded on the left."""
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self._pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+
+def load(base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A causal language model from safetensors, without any code of its own.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            [Defect(str(base), problem=f"cannot be loaded as a base model: {error}", remedy="check --base")]
+        ) from error
+    anything: Any = model  # its `to` is typed for a decorator's sake
+    loaded: PreTrainedModel = anything.to(device).eval()
+    return loaded
+
+
+def check_shapes(model: nn.Module, actings: Sequence[Acting]) -> None:
+    """Every module of every adapter is there, with the right shape: else it belongs to another base.
+
+    Raises:
+        InputError: naming the first module of each adapter that does not fit.
+    """
+    defects = []
+    for acting in actings:
+        for name in acting.adapter.modules:
+            problem = _misfit(model, name, acting.adapter.low_rank(name))
+            if problem:
+                defects.append(
+                    Defect(acting.key, name, "", problem, "name the base that it was trained on: --base")
+                )
+                break
+    if defects:
+        raise InputError(defects)
+
+
+def _misfit(model: nn.Module, name: str, factor: Any) -> str:
+    wanted = factor.B.shape[0], factor.A.shape[1]
+    try:
+        weight: Any = model.get_submodule(name).weight
+    except AttributeError:
+        return "is not in the base model"
+    there = tuple(weight.shape)
+    if there != wanted:
+        return f"is {wanted[0]} x {wanted[1]}, the base model has {' x '.join(map(str, there))}"
+    return ""
+
+
+def _with_slot(model: PreTrainedModel, modules: Sequence[str]) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=1,
+        lora_alpha=1,  # the scale of D is put into B
+        target_modules="|".join(
+            re.escape(module) for module in modules
+        ),  # a full match, not the end of a name
+    )
+    wrapped: PeftModel = get_peft_model(model, config, adapter_name=SLOT, autocast_adapter_dtype=False).eval()
+    return wrapped
+
+
+def scores(logits: Tensor, targets: Tensor) -> Scores:
+    """Log-probabilities and gaps of the target tokens.
+
+    Args:
+        logits: (n, vocabulary), the predictions of the n tokens.
+        targets: (n,).
+    """
+    found = logits.float().log_softmax(-1)
+    chosen = found.gather(1, targets[:, None])[:, 0]
+    best = found.topk(2, dim=-1)
+    other = torch.where(best.indices[:, 0] == targets, best.values[:, 1], best.values[:, 0])
+    return Scores(tuple(chosen.tolist()), tuple((chosen - other).tolist()))
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of these stops."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    """Up to and with the end token; what follows it is padding."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def _rank(call: Call) -> tuple[str, str, Any, int]:
+    """Sort key: adapter, kind, what a batch must share, falling length."""
+    if isinstance(call, Forced):
+        return call.adapter or "", "forced", (), -len(call.prompt) - len(call.answer)
+    return call.adapter or "", "greedy", (call.limit, call.stop), -len(call.prompt)
+
+
+def _longest(call: Call) -> int:
+    """Tokens of the answer, given or allowed."""
+    return len(call.answer) if isinstance(call, Forced) else call.limit
