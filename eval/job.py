@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from lorazip.eval.results import (
     Comparison,
     Results,
 )
-from lorazip.eval.session import Engine, Session, engine
+from lorazip.eval.session import Engine, Progress, Session, engine
 from lorazip.eval.spec import AGREEMENT, EvalSpec
 from lorazip.files import write_bytes
 
@@ -40,10 +40,8 @@ RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
 BREAKS = 20  # of each arm, for the report
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
-Progress = Callable[[str, int, int], None]
 
-
-def quiet(what: str, done: int, total: int) -> None:
+def quiet(what: str, done: int, total: int, note: str = "") -> None:
     """No progress."""
 
 

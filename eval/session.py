@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["vllm", "hf"]
-Progress = Callable[[str, int, int], None]
+
+
+class Progress(Protocol):
+    """Called with the name of a phase, calls answered, calls in all, and a note."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+
 SAVED = 64  # answers kept at once: what a killed run can lose, beside what the engine has in hand
 
 
@@ -148,7 +155,7 @@ class Session:
                 self.cache.put(fresh)
                 fresh = {}
             rate = tokens / max(time.perf_counter() - begun, 1e-9)
-            self.progress(f"{what}, {rate:.0f} tokens/s", len(found), len(calls))
+            self.progress(what, len(found), len(calls), f"{rate:.0f} tokens/s")
         self.cost.made += len(calls)
         self.cost.tokens += tokens
         self.cost.seconds += time.perf_counter() - begun

