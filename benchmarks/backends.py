@@ -60,7 +60,7 @@ def forced(
     canaries = [(*asked[a.adapter.name][0].prompt, *asked[a.adapter.name][0].answer) for a in actings]
     store = Cache(cache)
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(what: str, done: int, total: int, note: str = "") -> None:
         if done % 500 == 0 or done == total:
             print(f"{kind}: {what}: {done}/{total}", flush=True)
 

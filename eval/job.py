@@ -22,7 +22,10 @@ from lorazip.eval.plan import Asked
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.results import (
     BASE,
+    EXAMPLES,
     ORIGINAL,
+    REPORT,
+    RESULTS,
     SCHEMA,
     Arm,
     Break,
@@ -36,7 +39,6 @@ from lorazip.files import write_bytes
 if TYPE_CHECKING:
     pass
 
-RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
 BREAKS = 20  # of each arm, for the report
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 SCHEMA = "lorazip.eval/1"
 BASE = "base"
 ORIGINAL = "original"
+RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
 
 Verdict = Literal["pass", "fail", "undecided"]
 

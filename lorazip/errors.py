@@ -80,6 +80,10 @@ class CheckError(LorazipError):
     exit_code = 1
 
 
+class ServeError(LorazipError):
+    """The process of an arm of `bench serve` failed; the arms that finished are in the results."""
+
+
 class UndecidedError(LorazipError):
     """The data do not determine an answer (a target energy that no rank reaches on held-out adapters)."""
 

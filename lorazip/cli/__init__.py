@@ -12,6 +12,7 @@ import click
 
 from lorazip import __version__
 from lorazip.cli.add import add
+from lorazip.cli.bench import bench
 from lorazip.cli.compress import compress
 from lorazip.cli.eval import evaluate
 from lorazip.cli.export import export
@@ -28,10 +29,10 @@ from lorazip.errors import LorazipError, printable
 )
 @click.version_option(__version__, package_name="lorazip")
 def group() -> None:
-    """Compress many LoRA adapters of one base model into one verified bundle, and get them back."""
+    """Compress many LoRA adapters of one base model into one verified bundle, evaluate it, get them back."""
 
 
-for command in (inspect, compress, info, verify, export, add, remove, evaluate):
+for command in (inspect, compress, info, verify, export, add, remove, evaluate, bench):
     group.add_command(command)
 
 
@@ -48,7 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        click.echo("interrupted (an unfinished compress can be continued with --resume)", err=True)
+        click.echo(
+            "interrupted (compress goes on with --resume, eval where it stopped when it is run again)",
+            err=True,
+        )
         sys.exit(130)
     except OSError as error:
         # Of a kind that nobody foresaw; what is being written is whole or not there all the same.

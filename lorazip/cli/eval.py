@@ -10,10 +10,10 @@ import click
 from lorazip import units
 from lorazip.cli import render
 from lorazip.errors import UsageError
-from lorazip.eval import job, session, tasks
+from lorazip.eval import session, tasks
 from lorazip.eval.metrics import METRICS
 from lorazip.eval.prompts import TEMPLATE
-from lorazip.eval.results import Gate, Interval, Results
+from lorazip.eval.results import REPORT, RESULTS, Gate, Interval, Results
 from lorazip.eval.spec import AUTO, EvalSpec
 
 CODES = {"pass": 0, "fail": 1, "undecided": 3}
@@ -21,7 +21,7 @@ CODES = {"pass": 0, "fail": 1, "undecided": 3}
 
 @click.command(
     name="eval",
-    epilog="Example: lorazip eval --base model/ --tasks tasks/ --adapters adapters/ --bundle team.lorazip -o results/",
+    epilog="Example: lorazip eval --base model/ --tasks tasks/ --adapters adapters/ --bundle b.lorazip -o out/",
 )
 @click.option(
     "--base",
@@ -159,6 +159,8 @@ def evaluate(
     Exit code 0: done, and the gate passes if there is one. 1: the gate fails, or an adapter does not act in the model
     as its factors say. 3: the examples are too few to decide.
     """
+    from lorazip.eval import job  # imports scipy, which takes a second
+
     if not adapters and not bundles:
         raise UsageError("there is nothing to evaluate (give --adapters, --bundle or both)")
     spec = EvalSpec(
@@ -245,7 +247,7 @@ def _show(results: Results, output: Path) -> None:
     click.echo(f"every adapter acts as its factors say ({len(results.canaries)} canaries)")
     if results.gate:
         _show_gate(results.gate)
-    click.echo(f"results: {output / job.RESULTS}, report: {output / job.REPORT}")
+    click.echo(f"results: {output / RESULTS}, report: {output / REPORT}")
 
 
 def _show_gate(gate: Gate) -> None:
