@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 from lorazip.eval.results import Interval
 
@@ -81,6 +80,8 @@ def flips(arm: ArrayLike, original: ArrayLike) -> tuple[int, int, float]:
 
     If a discordant pair is as likely to be a break as a fix, breaks ~ Binomial(fixes + breaks, 1/2); two-sided.
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     (pair,) = _paired(False, [arm], [original])
     right = pair >= RIGHT
     fixes = int((right[:, 0] & ~right[:, 1]).sum())

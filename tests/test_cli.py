@@ -214,7 +214,8 @@ def test_progress_goes_to_stderr_with_rate_and_remaining_time(
 def test_every_help_ends_with_an_example(command: str, lorazip: Run) -> None:
     ended = lorazip(command, "--help")
     assert ended.code == 0
-    assert ended.out.rstrip().splitlines()[-1].strip().startswith(f"Example: lorazip {command} ")
+    last = " ".join(ended.out.rstrip().split("\n\n")[-1].split())
+    assert last.startswith(f"Example: lorazip {command} ")
     assert set(COMMANDS) == set(group.commands)
 
 

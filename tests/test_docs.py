@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -18,6 +20,8 @@ import pytest
 
 import lorazip
 from lorazip import cli
+from lorazip.eval import vllm_backend
+from lorazip.eval.results import SCHEMA, Arm, Canary, Check, Comparison, LeftOut, Results, Row, Summary
 
 if TYPE_CHECKING:
     from tests.conftest import MakeAdapter
@@ -28,6 +32,7 @@ PAGES += sorted(ROOT.glob("docs/*.md"))
 # Not run here: make (CI runs `make test`; the script behind `make demo` is run below) and pip (test_packaging.py
 # builds the wheel and uses it).
 ELSEWHERE = re.compile(r"(make|python -m pip) ")
+MODELS = ("eval", "bench")  # they load a model, so they run in processes of their own
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -49,22 +54,57 @@ def command_line(*arguments: str) -> int:
     return ended.value.code
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README and the demo share, so that the base model is made once and asked once: build/ and a cache."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh working directory with a copy of examples/."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+def examples(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh working directory with copies of examples/ and benchmarks/, and answers of models kept apart."""
+    for name in ("examples", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "build").mkdir()
+    if (kept / "smollm2-135m").exists():
+        (tmp_path / "build" / "smollm2-135m").symlink_to(kept / "smollm2-135m")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_readme_runs(examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def keep_the_base(directory: Path, kept: Path) -> None:
+    """The base model that a run made, for the next one."""
+    made = directory / "build" / "smollm2-135m"
+    if made.is_dir() and not made.is_symlink():
+        shutil.move(made, kept)
+
+
+def in_a_process(line: str) -> None:
+    """Run a command that loads a model as a user would, with the package's own environment first on the path."""
+    done = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (line, done.stderr[-3000:])
+
+
+@pytest.mark.timeout(900)
+def test_the_readme_runs(examples: Path, kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its commands in order, then its Python, in one directory as a reader would."""
     commands = [line for line in lines(ROOT / "README.md") if not ELSEWHERE.match(line)]
     assert len(commands) >= 10
     for line in commands:
         program, *arguments = shlex.split(line)
+        if program == "python" and (examples / arguments[-1]).exists():
+            continue  # the base model, made by the demo
+        if program == "python" or arguments[0] in MODELS:
+            if arguments[0] != "bench" or vllm_backend.installed():
+                in_a_process(line)
+            continue
         assert program == "lorazip", line
         assert command_line(*arguments) == 0, (line, capsys.readouterr().err)
+    gated = json.loads((examples / "gated" / "results.json").read_text())
+    assert gated["cost"]["made"] == 0 and gated["gate"]["verdict"] == "pass"
+    keep_the_base(examples, kept)
     space: dict[str, Any] = {}
     python = blocks(ROOT / "README.md", "python")
     assert len(python) >= 3
@@ -95,13 +135,22 @@ def test_other_pages_have_no_commands_that_nobody_runs() -> None:
         assert not blocks(page, "python"), page
 
 
-def test_the_demo_runs(examples: Path) -> None:
-    """What `make demo` runs after the installation."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+@pytest.mark.timeout(900)
+def test_the_demo_runs(examples: Path, kept: Path) -> None:
+    """What `make demo` runs after the installation; the adapters score as they did when they were trained."""
     script = examples / "examples" / "demo.sh"
-    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "12 adapters" in done.stdout
+    results = json.loads((examples / "build" / "demo" / "eval" / "results.json").read_text())
+    recorded = [
+        json.loads(line) for line in (examples / "examples" / "zoo" / "scores.jsonl").read_text().splitlines()
+    ]
+    mean = sum(row["lora"]["exact_match"] for row in recorded) / len(recorded)
+    (original,) = (one for one in results["summary"] if one["arm"] == "original")
+    assert original["score"]["n"] == 120
+    assert original["score"]["low"] <= mean <= original["score"]["high"]
+    keep_the_base(examples, kept)
     assert (examples / "build" / "demo" / "report.html").is_file()
     assert list((examples / "build" / "demo" / "exported").glob("*/adapter_model.safetensors"))
 
@@ -142,6 +191,14 @@ def test_every_command_is_documented(name: str) -> None:
     assert any(line.startswith(f"lorazip {name} ") for line in lines(ROOT / "README.md"))
 
 
+def test_every_field_of_the_results_is_documented() -> None:
+    page = (ROOT / "docs" / "EVAL.md").read_text()
+    records = (Arm, Row, Comparison, Summary, Check, Canary, LeftOut, Results)
+    for name in {field.name for record in records for field in dataclasses.fields(record)}:
+        assert f"`{name}`" in page, name
+    assert SCHEMA in page
+
+
 def test_the_group_has_an_example_too() -> None:
     assert example(cli.group).split()[0] in COMMANDS
 
@@ -155,7 +212,7 @@ def test_the_examples_of_the_help_run(make_adapter: MakeAdapter, monkeypatch: py
     make_adapter("adapters/customer-8")
     for name in ("add", "remove"):
         assert command_line(*shlex.split(example(COMMANDS[name]))) == 0, name
-    assert set(COMMANDS) == {"inspect", "compress", "info", "verify", "export", "add", "remove"}
+    assert set(COMMANDS) == {"inspect", "compress", "info", "verify", "export", "add", "remove", *MODELS}
 
 
 # --- links and names -----------------------------------------------------------------------------------------------

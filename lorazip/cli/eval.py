@@ -10,7 +10,7 @@ import click
 from lorazip import units
 from lorazip.cli import render
 from lorazip.errors import UsageError
-from lorazip.eval import session, tasks
+from lorazip.eval import job, session, tasks
 from lorazip.eval.metrics import METRICS
 from lorazip.eval.prompts import TEMPLATE
 from lorazip.eval.results import REPORT, RESULTS, Gate, Interval, Results
@@ -159,8 +159,6 @@ def evaluate(
     Exit code 0: done, and the gate passes if there is one. 1: the gate fails, or an adapter does not act in the model
     as its factors say. 3: the examples are too few to decide.
     """
-    from lorazip.eval import job  # imports scipy, which takes a second
-
     if not adapters and not bundles:
         raise UsageError("there is nothing to evaluate (give --adapters, --bundle or both)")
     spec = EvalSpec(
