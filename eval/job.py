@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorazip import __version__
 from lorazip.errors import Defect, InputError, TargetError
-from lorazip.eval import arms, compare, plan, tasks
+from lorazip.eval import arms, compare, harness, plan, tasks
 from lorazip.eval import base as bases
 from lorazip.eval.arms import Pair, Team
 from lorazip.eval.backend import Acting, Answer, Call, Forced, Greedy, Scores, Written, digest
@@ -56,6 +56,7 @@ def evaluate(
     spec: EvalSpec | None = None,
     pairs: Path | None = None,
     drift: Sequence[str] = (),
+    lm_eval: Sequence[str] = (),
     backend: Engine | None = None,
     cache: Path | None = None,
     output: str | Path | None = None,
@@ -71,6 +72,7 @@ def evaluate(
         bundles: each is an arm of its own.
         pairs: which adapter answers which task, see `arms.read_pairs`; None for adapter X on task X.
         drift: tasks that every adapter answers besides its own.
+        lm_eval: tasks of lm-evaluation-harness, see `harness.find`; they are paired like the others.
         backend: default: vLLM if it is installed.
         cache: directory of the model's answers; default: `cache.default_directory`.
         output: directory for results.json, examples.jsonl and report.html; None writes nothing.
@@ -88,22 +90,32 @@ def evaluate(
         *arms.bundles([Path(b) for b in bundles]),
     ]
     found = tasks.find(task_sources)
+    foreign = harness.find(lm_eval, taken=found) if lm_eval else {}
     wanted = arms.read_pairs(pairs) if pairs is not None else None
-    matched, left = arms.match(teams, sorted(found), wanted, drift)
+    matched, left = arms.match(teams, sorted([*found, *foreign]), wanted, drift)
+    harness.require_used(foreign, matched)
     settings = _settings(base, task_sources, adapters, bundles, spec, pairs, drift, chosen)
+    if lm_eval:
+        settings |= {"lm_eval": list(lm_eval), "harness": harness.installed()}
     if output is not None:
         _require_target(Path(output), settings, force)
     directory = bases.locate(base)
     prompter = Prompter(bases.load_tokenizer(directory), spec.template, spec.chat)
-    context = bases.context_length(directory)
+    context = bases.context_length(directory) - 1  # vLLM writes a token after every prompt, wanted or not
     asked = {}
-    for name in dict.fromkeys(pair.task for pair in matched):
+    theirs = harness.prepare(foreign, prompter.tokenizer, spec, context, left)
+    ours = [pair for pair in matched if pair.task in found]
+    for name in dict.fromkeys(pair.task for pair in ours):
         task = tasks.read(_single(found[name]), split=spec.split, limit=spec.limit, columns=spec.columns)
         asked[name] = plan.prepare(task, prompter, spec, context, left)
     store = Cache(cache or default_directory())
     try:
-        with _session(directory, prompter, teams, matched, asked, spec, chosen, store, progress) as session:
-            cells = _measure(session, prompter, teams, matched, asked, spec)
+        with _session(
+            directory, prompter, teams, matched, asked, theirs, spec, chosen, store, progress
+        ) as session:
+            cells = _measure(session, prompter, teams, ours, asked, spec)
+            if theirs:
+                cells += harness.cells(session, theirs, teams, matched, left)
             canaries = tuple(session.proof())
             judged = judge(cells, matched, teams, spec)
             breaks = _breaks(session, prompter, cells, judged, asked)
@@ -166,19 +178,21 @@ def _session(
     teams: Sequence[Team],
     pairs: Sequence[Pair],
     asked: Mapping[str, Asked],
+    theirs: Sequence[harness.Prepared],
     spec: EvalSpec,
     chosen: Engine,
     store: Cache,
     progress: Progress,
 ) -> Session:
     own = {pair.adapter: pair.task for pair in reversed(pairs) if pair.role == "own"}
+    proofs = {name: (*one.questions[0].prompt, *one.questions[0].answer) for name, one in asked.items()}
+    proofs |= {one.name: one.canary for one in theirs}
     actings, canaries = [], []
     for team in teams:
         for name in sorted({pair.adapter for pair in pairs}):
             adapter = team.adapters[name]
             actings.append(Acting(f"{team.name}/{name}", adapter, team.directory(name), digest(adapter)))
-            question = asked[own[name]].questions[0]
-            canaries.append((*question.prompt, *question.answer))
+            canaries.append(proofs[own[name]])
     return Session(
         directory,
         prompter.tokenizer,
@@ -186,7 +200,7 @@ def _session(
         canaries,
         chosen,
         store,
-        _longest(asked, prompter, spec),
+        max([_longest(asked, prompter, spec), *(one.longest for one in theirs)]),
         progress,
     )
 
@@ -294,7 +308,8 @@ def _breaks(
     chosen: list[tuple[Comparison, int]] = []
     by_arm: dict[str, list[Comparison]] = {}
     for comparison in judged[1]:
-        by_arm.setdefault(comparison.arm, []).append(comparison)
+        if comparison.task in asked:  # the harness keeps its answers to itself
+            by_arm.setdefault(comparison.arm, []).append(comparison)
     for arm, mine in by_arm.items():
         places: list[list[tuple[Comparison, int]]] = []
         for c in sorted(mine, key=lambda c: (c.difference.estimate, c.task, c.adapter)):

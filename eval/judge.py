@@ -79,7 +79,7 @@ class _Table:
     def __init__(self, cells: Sequence[Cell]):
         self._primary = {(c.arm, c.task, c.adapter): c for c in cells if c.primary}
         self._loss = {(c.arm, c.task, c.adapter): c for c in cells if c.metric == "loss"}
-        self._bare = [arm for arm in dict.fromkeys(c.arm for c in cells) if arm.startswith(BASE)]
+        self._bare = list(dict.fromkeys(c.arm for c in cells if c.adapter is None))
 
     def of(self, arm: str, pair: Pair) -> Cell:
         """One arm's cell of the primary metric; bare arms have no adapter."""
@@ -111,7 +111,9 @@ class _Table:
         cells = [self.of(arm, pair) for pair in own]
         bounded = all(cell.bounded for cell in cells)
         rows = [cell.scores for cell in cells]
-        losses = [self._loss.get((arm, p.task, p.adapter)) or self._loss[arm, p.task, None] for p in own]
+        # Tasks of lm-evaluation-harness have no token loss; a mean over the others would be another figure.
+        found = [self._loss.get((arm, p.task, p.adapter)) or self._loss.get((arm, p.task, None)) for p in own]
+        losses = [cell.scores for cell in found if cell is not None]
         kept: Interval | None = None
         chosen: list[int] = []
         lift = difference = drift = None
@@ -138,7 +140,7 @@ class _Table:
         return Summary(
             arm,
             compare.macro(rows, bounded),
-            compare.macro([cell.scores for cell in losses], bounded=False),
+            compare.macro(losses, bounded=False) if len(losses) == len(own) else None,
             kept,
             len(chosen),
             lift,

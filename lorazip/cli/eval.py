@@ -29,7 +29,7 @@ CODES = {"pass": 0, "fail": 1, "undecided": 3}
     metavar="MODEL",
     help="Base model: a directory, or a Hub id (org/name[@revision]).",
 )
-@click.option("--tasks", "sources", required=True, multiple=True, metavar="SOURCE",
+@click.option("--tasks", "sources", multiple=True, metavar="SOURCE",
               help="Tasks: a directory of JSONL files (searched below), a JSONL, CSV or Parquet file, a data set "
                    "of the Hub (org/name[:config]); may be repeated.")  # fmt: skip
 @click.option(
@@ -56,6 +56,9 @@ CODES = {"pass": 0, "fail": 1, "undecided": 3}
     metavar="TASK",
     help="An unrelated task that every adapter answers too; may be repeated.",
 )
+@click.option("--lm-eval", multiple=True, metavar="TASK",
+              help="A task of lm-evaluation-harness: its name, or a YAML file that you trust (PATH.yaml; functions "
+                   "that it names are run). May be repeated; needs lorazip[lm-eval].")  # fmt: skip
 @click.option("--backend", type=click.Choice(["auto", "vllm", "hf"]), default="auto", show_default=True,
               help="hf: transformers and PEFT. auto: vllm if it is installed.")  # fmt: skip
 @click.option("--metric", type=click.Choice([AUTO, *METRICS]), default=AUTO, show_default=True,
@@ -132,6 +135,7 @@ def evaluate(
     output: Path,
     pairs: Path | None,
     drift: tuple[str, ...],
+    lm_eval: tuple[str, ...],
     backend: str,
     metric: str,
     agreement: bool,
@@ -161,6 +165,8 @@ def evaluate(
     """
     if not adapters and not bundles:
         raise UsageError("there is nothing to evaluate (give --adapters, --bundle or both)")
+    if not sources and not lm_eval:
+        raise UsageError("there is nothing to answer (give --tasks, --lm-eval or both)")
     spec = EvalSpec(
         split=split,
         limit=limit,
@@ -187,6 +193,7 @@ def evaluate(
             spec=spec,
             pairs=pairs,
             drift=drift,
+            lm_eval=lm_eval,
             backend=engine,
             cache=cache,
             output=output,
