@@ -56,7 +56,7 @@ $(VENV)/.installed-demo: $(VENV)/.installed
 # The CPU build of vLLM asks for torchvision, torchaudio and torchcodec, whose builds for CUDA cannot be imported beside
 # the CPU build of torch; without them it runs.
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
-	$(PIP) --no-build-isolation --editable '.[dev]' $(VLLM)
+	$(PIP) --no-build-isolation --editable '.[dev,lm-eval]' $(VLLM)
 	$(if $(VLLM),$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec)
 	@touch $@
 
