@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorazip.eval.results import BASE, ORIGINAL, LeftOut
 from lorazip.sources import open_adapters
 
 Role = Literal["own", "drift"]
+_OF_BASE = re.compile(rf"{BASE}(-[0-9]+-shot)?")  # what the base's own arms are called, see `judge.few`
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def bundles(paths: Sequence[Path]) -> list[Team]:
         bundle = Bundle.open(path)
         bundle.require(bundle.names)
         name = path.resolve().name
-        if name in {BASE, ORIGINAL, *(team.name for team in teams)}:
-            raise UsageError(f"two arms would be called {printable(name)} (rename one of the bundles)")
+        if name in {ORIGINAL, *(team.name for team in teams)} or _OF_BASE.fullmatch(name):
+            raise UsageError(f"two arms would be called {printable(name)} (rename the bundle)")
         teams.append(
             Team(name, "bundle", str(path), {a.name: a for a in bundle}, bundle.nbytes, bundle.original_bytes)
         )
@@ -90,7 +92,7 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     pairs = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError([Defect(str(path), problem=f"cannot be read: {error}")]) from error
     for number, line in enumerate(lines, 1):
@@ -107,6 +109,11 @@ def read_pairs(path: Path) -> list[Pair]:
             remedy = 'a line is {"task": NAME, "adapter": NAME}, and "role": "drift" for an unrelated task'
             raise InputError([Defect(str(path), problem=f"line {number} is no pair", remedy=remedy)])
         pairs.append(pair)
+    roles: dict[tuple[str, str], Role] = {}
+    for pair in pairs:
+        if roles.setdefault((pair.task, pair.adapter), pair.role) != pair.role:
+            problem = f"pairs {pair.adapter} with {pair.task} as its own task and as drift"
+            raise InputError([Defect(str(path), problem=problem, remedy="leave one of the lines out")])
     return sorted(set(pairs))
 
 
@@ -151,8 +158,12 @@ def match(
     adapters = sorted({pair.adapter for pair in pairs})
     pairs += [Pair(t, a, "drift") for t in dict.fromkeys(drift) for a in adapters if (t, a) not in own]
     if not any(pair.role == "own" for pair in pairs):
+        if asked is not None:
+            raise InputError([Defect("--pairs", problem="names no task as an adapter's own")])
         remedy = "a task is named as its adapter; other pairs: --pairs FILE"
-        problem = f"no adapter has a task of its name ({_some(known)}; adapters: {', '.join(everyone[:5])} …)"
+        problem = (
+            f"no adapter of all arms has a task of its name; {_some(known)}; adapters: {_names(everyone)}"
+        )
         raise InputError([Defect("--tasks", problem=problem, remedy=remedy)])
     return sorted(pairs), left
 

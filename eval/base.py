@@ -31,6 +31,9 @@ def locate(base: str) -> Path:
             raise InputError(
                 [Defect(base, problem=f"the Hub does not give it: {error}", remedy=remedy)]
             ) from error
+    if not path.exists():
+        remedy = "check --base: a directory, or a Hub id (org/name)"
+        raise InputError([Defect(base, problem="does not exist", remedy=remedy)])
     if not (path / "config.json").is_file():
         raise InputError(
             [Defect(base, problem="is no base model: it has no config.json", remedy="check --base")]
@@ -51,15 +54,19 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             base, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file makes the Rust library raise a bare Exception
         problem = f"its tokenizer cannot be loaded: {error}"
         raise InputError([Defect(str(base), problem=problem, remedy="save it beside the model")]) from error
     return tokenizer
 
 
 def context_length(base: Path) -> int:
-    """Tokens that the model takes."""
+    """Tokens that the model takes. Raises InputError."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 2048))
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
+    except Exception as error:  # what a broken config makes the library raise is not listed anywhere
+        problem = f"its config.json cannot be used: {error}"
+        raise InputError([Defect(str(base), problem=problem, remedy="save it again")]) from error

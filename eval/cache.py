@@ -94,7 +94,8 @@ class Cache:
 
     def _file_digest(self, path: Path) -> str:
         status = path.stat()
-        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        # The time of change too: files of reproducible archives all have one time, weights of one shape one size.
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         try:
             row = self._file.execute(
                 "SELECT stamp, sha256 FROM files WHERE path = ?", (str(path),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorazip.errors import Defect, InputError
+from lorazip.errors import Defect, InputError, UsageError
 from lorazip.eval.backend import Answer, Call, Forced, Greedy, Scores, Written
 from lorazip.eval.metrics import (
     METRICS,
@@ -16,15 +16,14 @@ from lorazip.eval.metrics import (
     TextMetric,
     Token,
     auto,
-    first_answer,
 )
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.results import LeftOut
-from lorazip.eval.spec import ALWAYS, AUTO, EvalSpec
+from lorazip.eval.spec import ALWAYS, AUTO, PRIMARY, EvalSpec
 from lorazip.eval.tasks import Example, Task
 
 SLACK = 16  # tokens that a written answer may have beyond 1.5 times the longest right one
-NEWLINE = ("\n",)
+ENDS = ("\n", "\n\n")  # what may end an answer of a bare base; solved examples are parted by the second
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Question:
     Attributes:
         answer: the right answer; its end token last, where the model is to end there.
         choices: the answers to choose from, without end tokens.
-        limit: tokens of a written answer.
+        limit: tokens of a written answer, which the model can take after the prompt.
         stop: texts that end it.
     """
 
@@ -58,58 +57,80 @@ class Asked:
 def prepare(task: Task, prompter: Prompter, spec: EvalSpec, context: int, left: list[LeftOut]) -> Asked:
     """Tokenise a task and choose its metrics; what is too long is left out, and said so in `left`.
 
+    Where a bare base is shown examples, that prompt must fit too: all arms answer the same examples.
+
     Args:
         context: tokens that the model takes.
     Raises:
-        InputError: no example is short enough, or the task cannot be scored by the metric.
+        InputError: no example is short enough, the task cannot be scored by the metric, an example or one of its
+            choices has no token, or there are too few examples to show.
     """
     if task.definition is None:
         task = replace(task, definition=spec.definition)
-    metrics = _metrics(task, spec)
-    prompts = [prompter.prompt(task, example) for example in task.examples]
+    metrics, shown = _metrics(task, spec), _shown(task, spec.shots)
     answers = [prompter.answer(example.output) for example in task.examples]
     longest = max(len(answer) for answer in answers)
     limit = min(spec.new_tokens, longest + longest // 2 + SLACK)
     most = min(spec.max_tokens or context, context)
     questions = []
-    for example, prompt, answer in zip(task.examples, prompts, answers, strict=True):
+    for example, answer in zip(task.examples, answers, strict=True):
+        prompt = prompter.prompt(task, example)
         choices = tuple(prompter.answer(choice, end=False) for choice in example.choices)
+        if not prompt or not all(choices):
+            what = "a choice" if prompt else "an example"
+            raise _defect(task, f"has {what} without any token", "correct the task, or the template")
         question = Question(example, prompt, answer, choices, limit)
-        if length(question, metrics) <= most:
-            questions.append(question)
+        more = len(prompter.prompt(task, example, shown)) - len(prompt) if shown else 0
+        size = length(question, metrics)
+        if size <= most and size + more <= context:
+            # Of other metrics an answer is written too, to be shown: it ends where the model does.
+            questions.append(replace(question, limit=min(limit, context - len(prompt) - more)))
     if not questions:
-        raise _defect(
-            task, f"has no example of at most {most} tokens", "raise --max-tokens, or leave it out: --pairs"
-        )
+        remedy = "see --max-tokens, --new-tokens and --shots, or leave it out: --pairs"
+        raise _defect(task, f"has no example of at most {most} tokens", remedy)
     missing = len(task.examples) - len(questions)
     if missing:
-        left.append(LeftOut(task.name, missing, f"examples of more than {most} tokens"))
+        after = f", or {context} after solved ones" if shown else ""
+        left.append(LeftOut(task.name, missing, f"examples of more than {most} tokens{after}"))
     return Asked(task, tuple(questions), metrics)
 
 
 def with_shots(asked: Asked, prompter: Prompter, shots: int) -> Asked:
-    """The same questions after solved examples of the split `train`; a written answer ends at the line's end.
+    """The same questions after solved examples of the split `train`.
 
-    A bare base does not know where an answer ends, so exact match is asked of the first line that it writes.
+    A bare base does not know where an answer ends, so what it writes ends at the line's end, or at an empty line
+    where right answers have several lines; exact match is asked of that.
 
     Raises:
         InputError: the task has not so many examples to show.
     """
-    task = asked.task
-    if len(task.shots) < shots:
-        raise _defect(task, f"has {len(task.shots)} examples to show, not {shots}", "lower --shots")
-    shown = task.shots[:shots]
+    shown = _shown(asked.task, shots)
+    outputs = [one.output.strip() for one in (*shown, *asked.task.examples)]
+    stop = tuple(end for end in ENDS if not any(end in output for output in outputs))[:1]
     questions = tuple(
         replace(
             q,
-            prompt=prompter.prompt(task, q.example, shown),
-            answer=prompter.answer(q.example.output, end=False),
-            stop=NEWLINE,
+            prompt=prompter.prompt(asked.task, q.example, shown),
+            answer=prompter.answer(q.example.output, end=False) or (prompter.end,),
+            stop=stop,
         )
         for q in asked.questions
     )
-    line = TextMetric(name="exact_match", score=first_answer)
-    return Asked(task, questions, tuple(line if m.name == "exact_match" else m for m in asked.metrics))
+    written = TextMetric(name="exact_match", score=_exact)
+    return Asked(
+        asked.task, questions, tuple(written if m.name == "exact_match" else m for m in asked.metrics)
+    )
+
+
+def _exact(text: str, references: Sequence[str]) -> float:
+    """Exact match of what is written; `first_answer` where an answer is one line."""
+    return float(text.strip() == references[0].strip())
+
+
+def _shown(task: Task, shots: int) -> tuple[Example, ...]:
+    if len(task.shots) < shots:
+        raise _defect(task, f"has {len(task.shots)} examples to show, not {shots}", "lower --shots")
+    return task.shots[:shots]
 
 
 def length(question: Question, metrics: Sequence[Metric]) -> int:
@@ -148,9 +169,16 @@ def _metrics(task: Task, spec: EvalSpec) -> tuple[Metric, ...]:
     if name == AUTO:
         several = [example.references for example in examples]
         name = task.metric or auto([e.output for e in examples], several, all(e.choices for e in examples))
-    if name not in METRICS:
-        raise _defect(task, f"asks for the metric {name!r}", f"there are {', '.join(METRICS)}")
-    if isinstance(METRICS[name], ChoiceMetric) and not all(example.choices for example in examples):
+    if name not in PRIMARY:
+        raise _defect(task, f"asks for the metric {name!r}", f"there are {', '.join(PRIMARY)}")
+    metric = METRICS[name]
+    if isinstance(metric, TextMetric):
+        try:
+            for example in examples:
+                metric.score("", example.references)  # before a model is asked
+        except UsageError as error:
+            raise _defect(task, f"cannot be scored: {error}", "see --metric") from error
+    if isinstance(metric, ChoiceMetric) and not all(example.choices for example in examples):
         raise _defect(task, f"has no choices, which {name} needs", "list them in every line, or in the index")
     return tuple(METRICS[one] for one in dict.fromkeys((name, *ALWAYS)))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from lorazip.errors import UsageError
 from lorazip.eval.tasks import Example, Task
@@ -23,7 +26,8 @@ class Prompter:
         tokenizer: the base model's own, with its special tokens.
         template: text with {input} and perhaps {definition}. For a task without a definition, the paragraphs that
             mention {definition} are left out.
-        chat: use the tokenizer's chat template: definition and input are one message of the user.
+        chat: use the tokenizer's chat template: definition and input are one message of the user, and a solved
+            example's output is one of the assistant.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,37 +52,65 @@ class Prompter:
 
         The definition is said once, before the first.
         """
-        parts = []
-        for i, one in enumerate((*shots, example)):
-            text = self._filled(task.definition if i == 0 else None, one.input)
-            parts.append(text if one is example else f"{text}{one.output}")
-        return "\n\n".join(parts)
+        asked = self._asked(task, example, shots)
+        solved = [f"{text}{shot.output}" for text, shot in zip(asked, shots, strict=False)]
+        return "\n\n".join([*solved, asked[-1]])
 
     def prompt(self, task: Task, example: Example, shots: Sequence[Example] = ()) -> tuple[int, ...]:
-        """Its tokens, with the special tokens that this tokenizer puts at the start."""
-        text = self.text(task, example, shots)
-        if self.chat:
-            made = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            # The chat template writes the special tokens itself.
-            return tuple(self.tokenizer(made, add_special_tokens=False)["input_ids"])
-        return tuple(self.tokenizer(text)["input_ids"])
+        """Its tokens, with the special tokens that this tokenizer puts at the start; none of those at the end.
+
+        Raises:
+            UsageError: the chat template refuses the conversation.
+        """
+        if not self.chat:
+            return (*self._start, *self._tokens(self.text(task, example, shots)))
+        turns = []
+        for text, shot in zip(self._asked(task, example, shots), (*shots, None), strict=True):
+            turns.append({"role": "user", "content": text})
+            if shot is not None:
+                turns.append({"role": "assistant", "content": shot.output})
+        try:
+            made = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UsageError(f"this model's chat template refuses: {error} (leave --chat out)") from error
+        return self._tokens(str(made))  # the chat template writes the special tokens itself
 
     def answer(self, text: str, end: bool = True) -> tuple[int, ...]:
         """The tokens of an answer, tokenised apart from the prompt, and the end token."""
-        tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = self._tokens(text)
         return (*tokens, self.end) if end else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    @cached_property
+    def _start(self) -> tuple[int, ...]:
+        bare, whole = self._tokens("a"), tuple(self.tokenizer("a")["input_ids"])
+        first = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:first]
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _asked(self, task: Task, example: Example, shots: Sequence[Example]) -> list[str]:
+        """The question of each shot and of the example."""
+        return [
+            self._filled(task.definition if i == 0 else None, one.input)
+            for i, one in enumerate((*shots, example))
+        ]
+
     def _filled(self, definition: str | None, text: str) -> str:
         template = "{definition}\n\n{input}" if self.chat else self.template
         if definition is None:
-            template = "\n\n".join(p for p in template.split("\n\n") if "{definition}" not in p)
+            template = _without_definition(template)
         # Not str.format: a template may hold other braces, and what is filled in is never looked at again.
-        before, _, after = template.partition("{input}")
-        said = definition or ""
-        return before.replace("{definition}", said) + text + after.replace("{definition}", said)
+        return text.join(part.replace("{definition}", definition or "") for part in template.split("{input}"))
+
+
+def _without_definition(template: str) -> str:
+    """Leave out the paragraphs that mention {definition}; of one with {input}, only such lines, or only the word."""
+    for gap in ("\n\n", "\n"):
+        kept = [part for part in template.split(gap) if "{definition}" not in part or "{input}" in part]
+        template = gap.join(kept)
+    return template

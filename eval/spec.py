@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorazip.errors import UsageError
+from lorazip.errors import UsageError, printable
 from lorazip.eval import gate
 from lorazip.eval.metrics import METRICS
 from lorazip.eval.prompts import TEMPLATE
@@ -13,6 +13,9 @@ from lorazip.eval.prompts import TEMPLATE
 AUTO = "auto"
 AGREEMENT = "agreement"
 NAMES = (AUTO, *METRICS, AGREEMENT)
+PRIMARY = tuple(
+    name for name, metric in METRICS.items() if metric.higher_is_better
+)  # the gate asks what was lost
 ALWAYS = ("exact_match", "loss")  # one forward pass gives both
 
 
@@ -26,8 +29,8 @@ class EvalSpec:
         columns: field -> column; see `tasks.read`.
         template, chat: see `prompts.Prompter`.
         definition: the instruction of tasks whose index has none.
-        metric: the primary one: a name of `metrics.METRICS`, or `auto`: what the task's index says, else by the kind of
-            its answers. Exact match and token loss are always given too.
+        metric: the primary one: a name of PRIMARY, or `auto`: what the task's index says, else by the kind of its
+            answers. Exact match and token loss are always given too.
         agreement: also measure how often an arm gives the original's own answer.
         max_tokens: examples of more tokens, prompt and answer, are left out; None for what the model takes.
         new_tokens: where answers are written, at most so many tokens.
@@ -55,6 +58,8 @@ class EvalSpec:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if self.metric != AUTO and self.metric not in METRICS:
-            raise UsageError(f"metric must be one of {', '.join((AUTO, *METRICS))}, not {self.metric!r}")
+        if self.metric != AUTO and self.metric not in PRIMARY:
+            raise UsageError(
+                f"metric must be one of {', '.join((AUTO, *PRIMARY))}, not {printable(self.metric)!r}"
+            )
         gate.check_thresholds(self.min_retention, self.max_drop)

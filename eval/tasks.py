@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorazip.errors import Defect, InputError, UsageError, printable
+from lorazip.eval import rows
+from lorazip.eval.rows import REMEDY, defect
 
 INDEX = "tasks.jsonl"
 SPLITS = ("train", "validation", "test")
 FIELDS = ("input", "output", "references", "choices", "split")
 _MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")  # a directory of datasets' save_to_disk
-_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_MAX_LINE = 4 * 2**20
-_REMEDY = 'a line is {"input": …, "output": …}; other names: --column output=answer'
+_FILES = {".jsonl": rows.lines, ".csv": rows.cells, ".json": rows.json, ".parquet": rows.parquet}
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def find(sources: Sequence[str]) -> dict[str, list[Found]]:
     Parquet); or a directory that `datasets` saved; or a data set of the Hub, `org/name` or `org/name:config`.
 
     Raises:
-        InputError: a source is none of these, or an index is broken.
+        InputError: a source is none of these, holds no task, or an index is broken.
     """
     found: dict[str, list[Found]] = defaultdict(list)
     for source in sources:
         path = Path(source)
         if path.is_dir() and not any((path / mark).exists() for mark in _MARKS):
-            tasks: Iterable[Found] = _below(path)
+            tasks: Iterable[Found] = _below(source, path)
         elif path.is_file() and path.suffix in _FILES:
             tasks = [_named(path, _index(path.parent / INDEX))]
         elif path.is_dir():
@@ -102,12 +103,30 @@ def find(sources: Sequence[str]) -> dict[str, list[Found]]:
     return dict(found)
 
 
-def _below(root: Path) -> Iterator[Found]:
-    by_folder: dict[Path, list[Path]] = defaultdict(list)
-    for path in sorted(root.rglob("*.jsonl")):
-        if not any(part.startswith(".") for part in path.relative_to(root).parts):
-            by_folder[path.parent].append(path)
-    for folder, files in by_folder.items():
+def _below(source: str, root: Path) -> list[Found]:
+    found = [task for folder, files in _folders(root) for task in _inside(folder, files)]
+    if not found:
+        remedy = "of a CSV or Parquet file, or what datasets saved, name the path itself"
+        raise defect(source, "holds no tasks: there is no JSONL file below it", remedy)
+    return found
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Every directory below that is not hidden, with its JSONL files; links to directories are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise defect(
+            str(error.filename), f"cannot be searched: {error.strerror}", "check its rights"
+        ) from error
+
+    for folder, below, files in os.walk(root, onerror=refuse):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        names = sorted(name for name in files if name.endswith(".jsonl") and not name.startswith("."))
+        yield Path(folder), [Path(folder) / name for name in names]
+
+
+def _inside(folder: Path, files: Sequence[Path]) -> Iterator[Found]:
+    if files:
         index = _index(folder / INDEX)
         parts: dict[str | None, Path] = {path.stem: path for path in files if path.stem in SPLITS}
         if parts:
@@ -126,13 +145,19 @@ def _named(path: Path, index: Mapping[str, Mapping[str, Any]]) -> Found:
 def _index(path: Path) -> dict[str, Mapping[str, Any]]:
     if not path.is_file():
         return {}
-    rows = {}
-    for number, row in _lines(path):
-        name = row.get("task")
+    entries = {}
+    for number, row in rows.lines(path):
+        where, name = f"{path}: line {number}", row.get("task")
         if not isinstance(name, str):
-            raise _defect(path, f'line {number} has no "task"', "an index line names its task")
-        rows[name] = row
-    return rows
+            raise defect(where, 'has no "task"', "an index line names its task")
+        if name in entries:
+            raise defect(where, f"names the task {name!r} again", "remove one of the lines")
+        for key in ("definition", "instruction", "metric"):
+            if not isinstance(row.get(key), str | None):
+                raise defect(where, f"its {key} is no text", "correct the index")
+        _texts(where, "choices", row.get("choices"))
+        entries[name] = row
+    return entries
 
 
 def read(found: Found, *, split: str, limit: int | None, columns: Mapping[str, str]) -> Task:
@@ -147,113 +172,80 @@ def read(found: Found, *, split: str, limit: int | None, columns: Mapping[str, s
     """
     index = found.index
     definition = next((index[k] for k in ("definition", "instruction") if index.get(k)), None)
-    labels = index.get("choices") or ()
+    labels = _texts(found.source, "choices", index.get("choices"))
     by_split: dict[str | None, list[Example]] = defaultdict(list)
-    for where, rows in _rows(found):
-        for number, row in rows:
-            part, example = _example(found, number, row, columns, labels)
-            by_split[part if part is not None else where].append(example)
+    for own, source, some in _parts(found):
+        for number, row in some:
+            part, example = _example(f"{source}: line {number}", row, columns, labels)
+            by_split[part if part is not None else own].append(example)
+    if None in by_split and len(by_split) > 1:
+        count = len(by_split[None])
+        raise defect(found.source, f"{count} examples name no split, the others do", "name it in every line")
     if set(by_split) == {None}:
         examples, shots = by_split[None], []
     else:
         examples, shots = by_split.get(split, []), by_split["train"] if split != "train" else []
         if not examples:
             there = ", ".join(sorted(str(s) for s in by_split if by_split[s])) or "none"
-            raise _defect(
+            raise defect(
                 found.source, f"has no examples of the split {split!r}", f"there are: {there}; --split"
             )
     if not examples:
-        raise _defect(found.source, "has no examples", _REMEDY)
+        raise defect(found.source, "has no examples", REMEDY)
     metric = index.get("metric")
     return Task(found.name, definition, tuple(examples[:limit]), tuple(shots), metric, found.source)
 
 
-def _rows(found: Found) -> Iterator[tuple[str | None, Iterable[tuple[int, Mapping[str, Any]]]]]:
+class _Part(NamedTuple):
+    """One split (None: the rows say themselves), where it lies, and its rows with their numbers."""
+
+    split: str | None
+    source: str
+    rows: Iterable[rows.Row]
+
+
+def _parts(found: Found) -> Iterator[_Part]:
     for split, path in found.files.items():
-        if path.suffix == ".jsonl":
-            yield split, _lines(path)
-        else:
-            parts = _datasets(found, _FILES[path.suffix], data_files=str(path))
-            yield split, enumerate(next(iter(parts.values())), 1)
+        yield _Part(split, str(path), _FILES[path.suffix](path))
     if found.dataset:
         name, config = found.dataset
-        parts = _saved(found, name) if Path(name).is_dir() else _datasets(found, name, name=config)
-        for split, rows in parts.items():
-            yield split, enumerate(rows, 1)
-
-
-def _datasets(found: Found, path: str, **options: Any) -> Mapping[str | None, Iterable[Mapping[str, Any]]]:
-    import datasets
-
-    try:
-        # A data set's own loading script would be a stranger's code; datasets no longer runs any.
-        return dict(datasets.load_dataset(path, **options))
-    except Exception as error:  # what the many readers of the library raise is not listed anywhere
-        raise _defect(
-            found.source, f"cannot be read by datasets: {error}", "check the name, or the file"
-        ) from error
-
-
-def _saved(found: Found, path: str) -> Mapping[str | None, Iterable[Mapping[str, Any]]]:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(path)
-    except Exception as error:
-        raise _defect(found.source, f"cannot be read by datasets: {error}", "save it again") from error
-    return dict(saved) if isinstance(saved, datasets.DatasetDict) else {None: saved}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE + 1):
-                number += 1
-                if len(line) > _MAX_LINE:
-                    raise _defect(path, f"line {number} has more than {_MAX_LINE} bytes", "is this a task?")
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise _defect(path, f"line {number} is not JSON: {error}", _REMEDY) from error
-                if not isinstance(row, dict):
-                    raise _defect(path, f"line {number} is not a JSON object", _REMEDY)
-                yield number, row
-    except OSError as error:
-        raise _defect(path, f"cannot be read: {error.strerror}", "check the file and its rights") from error
+        parts = rows.saved(name) if Path(name).is_dir() else rows.hub(name, config)
+        for split, some in parts.items():
+            yield _Part(split, f"{name}, split {split}" if split else name, some)
 
 
 def _example(
-    found: Found, number: int, row: Mapping[str, Any], columns: Mapping[str, str], labels: Sequence[Any]
+    where: str, row: Mapping[str, Any], columns: Mapping[str, str], labels: Sequence[str]
 ) -> tuple[str | None, Example]:
-    where = f"{found.source}: line {number}"
     values = {name: row.get(columns.get(name, name)) for name in FIELDS}
     texts = {}
     for name in ("input", "output"):
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if not _is_text(values[name]):
             there = ", ".join(sorted(row)[:12])
-            raise _defect(where, f"has no text {columns.get(name, name)!r} (it has {there})", _REMEDY)
-        texts[name] = str(value)
+            raise defect(where, f"has no text {columns.get(name, name)!r} (it has {there})", REMEDY)
+        texts[name] = str(values[name])
     lists = {name: _texts(where, name, values[name]) for name in ("references", "choices")}
-    choices = lists["choices"] or tuple(str(label) for label in labels)
+    choices = lists["choices"] or tuple(labels)
     if choices and texts["output"] not in choices:
-        raise _defect(where, f"its output {texts['output']!r} is not among its choices", "correct the task")
+        raise defect(where, f"its output {texts['output']!r} is not among its choices", "correct the task")
     split = values["split"]
+    if not isinstance(split, str | None):
+        raise defect(where, f"its split {split!r} is no text", REMEDY)
     references = tuple(dict.fromkeys((texts["output"], *lists["references"])))
-    return (split if isinstance(split, str) else None), Example(
-        texts["input"], texts["output"], references, choices
-    )
+    return split, Example(texts["input"], texts["output"], references, choices)
 
 
 def _texts(where: str, name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(v, str | int | float) for v in value):
-        raise _defect(where, f"its {name} are not a list of texts", _REMEDY)
+    if not isinstance(value, list) or not all(_is_text(v) for v in value):
+        raise defect(where, f"its {name} are not a list of texts", REMEDY)
     return tuple(str(v) for v in value)
+
+
+def _is_text(value: Any) -> bool:
+    """A text or a number. NaN, which tables write for what is missing, is neither."""
+    return isinstance(value, str) or type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:
@@ -265,7 +257,3 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{printable(text)!r} is no FIELD=COLUMN with a field of {', '.join(FIELDS)}")
         columns[name] = column
     return columns
-
-
-def _defect(where: Path | str, problem: str, remedy: str) -> InputError:
-    return InputError([Defect(str(where), problem=problem, remedy=remedy)])
