@@ -9,6 +9,7 @@ import torch
 
 from lorazip.codecs import CODECS
 from lorazip.compress.methods import NAMES
+from lorazip.devices import find_device
 from lorazip.errors import UsageError
 
 Weights = Literal["unit", "trained"]
@@ -67,17 +68,7 @@ class Spec:
 
     def torch_device(self) -> torch.device:
         """The device to compute on. Raises UsageError for one that is not there."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise UsageError(f"device {self.device!r} is not known (auto, cpu or cuda)") from error
-        if device.type not in ("cpu", "cuda"):
-            raise UsageError(f"device must be auto, cpu or cuda, not {self.device!r}")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device cuda: this torch sees no CUDA device (use --device cpu)")
-        return device
+        return find_device(self.device)
 
     def recorded(self) -> dict[str, object]:
         """What a bundle records: everything that its bytes depend on, not the device."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorazip import __version__
-from lorazip.errors import Defect, InputError, TargetError
+from lorazip.errors import Defect, InputError, TargetError, UsageError
 from lorazip.eval import arms, compare, harness, plan, tasks
 from lorazip.eval import base as bases
 from lorazip.eval.arms import Pair, Team
@@ -36,11 +38,7 @@ from lorazip.eval.session import Engine, Progress, Session, engine
 from lorazip.eval.spec import AGREEMENT, EvalSpec
 from lorazip.files import write_bytes
 
-if TYPE_CHECKING:
-    pass
-
 BREAKS = 20  # of each arm, for the report
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def quiet(what: str, done: int, total: int, note: str = "") -> None:
@@ -85,6 +83,8 @@ def evaluate(
     """
     begun = time.perf_counter()
     spec, chosen = spec or EvalSpec(), backend or engine()
+    if spec.gated and not (adapters and bundles):
+        raise UsageError("the gate has nothing to compare (give --adapters and at least one --bundle)")
     teams = [
         *([arms.originals(adapters, base)] if adapters else []),
         *arms.bundles([Path(b) for b in bundles]),
@@ -110,9 +110,12 @@ def evaluate(
         asked[name] = plan.prepare(task, prompter, spec, context, left)
     store = Cache(cache or default_directory())
     try:
-        with _session(
-            directory, prompter, teams, matched, asked, theirs, spec, chosen, store, progress
-        ) as session:
+        with (
+            _made(None if output is None else Path(output)),
+            _session(
+                directory, prompter, teams, matched, asked, theirs, spec, chosen, store, progress
+            ) as session,
+        ):
             cells = _measure(session, prompter, teams, ours, asked, spec)
             if theirs:
                 cells += harness.cells(session, theirs, teams, matched, left)
@@ -184,7 +187,8 @@ def _session(
     store: Cache,
     progress: Progress,
 ) -> Session:
-    own = {pair.adapter: pair.task for pair in reversed(pairs) if pair.role == "own"}
+    # An adapter proves itself on its own task, or on any that it answers.
+    own = {pair.adapter: pair.task for pair in sorted(pairs, key=lambda pair: pair.role == "own")}
     proofs = {name: (*one.questions[0].prompt, *one.questions[0].answer) for name, one in asked.items()}
     proofs |= {one.name: one.canary for one in theirs}
     actings, canaries = [], []
@@ -343,18 +347,54 @@ def _require_target(output: Path, settings: Mapping[str, Any], force: bool) -> N
     """A new directory, an empty one, or one with results of the same evaluation.
 
     Raises:
-        TargetError: it is something else, and replacing it was not asked for.
+        TargetError: it is something else.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    foreign = TargetError(f"{output} exists and holds no results of an evaluation (choose another)")
+    if not output.exists():
         return
     try:
+        there = {path.name for path in output.iterdir()}
+        if not there <= {
+            RESULTS,
+            EXAMPLES,
+            REPORT,
+            *(f".{name}.tmp" for name in (RESULTS, EXAMPLES, REPORT)),
+        }:
+            raise foreign
+        if RESULTS not in there:  # empty, or left by a run that was killed while it wrote
+            return
         before = json.loads((output / RESULTS).read_bytes())
-        ours = before["schema"].split("/")[0] == SCHEMA.split("/")[0]
-        same = before["settings"] == json.loads(json.dumps(settings))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise TargetError(f"{output} exists and holds no results of an evaluation (choose another)") from None
-    if not ours or not (same or force):
+        schema, settings_before = str(before["schema"]), before["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise foreign from None
+    if not schema.startswith(SCHEMA.partition("/")[0] + "/"):
+        raise foreign
+    same = schema == SCHEMA and settings_before == json.loads(json.dumps(settings))
+    if not same and not force:
         raise TargetError(f"{output} holds results of another evaluation (choose another, or --force)")
+
+
+@contextlib.contextmanager
+def _made(output: Path | None) -> Iterator[None]:
+    """The directory is there and can be written, rather now than after all model calls; left empty, it goes again.
+
+    Raises:
+        TargetError: it cannot be written.
+    """
+    if output is None:
+        yield
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise TargetError(f"{output} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            output.rmdir()
+        raise
 
 
 def write(output: Path, results: Results, cells: Sequence[Cell]) -> None:
@@ -365,10 +405,6 @@ def write(output: Path, results: Results, cells: Sequence[Cell]) -> None:
     """
     from lorazip.eval import report
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TargetError(f"{output} cannot be made: {error.strerror}") from error
     lines = [
         json.dumps(
             {

@@ -45,7 +45,7 @@ def judge(cells: Sequence[Cell], pairs: Sequence[Pair], teams: Sequence[Team], s
     ]
     comparisons = tuple(table.comparison(arm, pair) for arm in compared for pair in pairs)
     summary = tuple(table.summary(arm, pairs, [c for c in comparisons if c.arm == arm]) for arm in names)
-    if spec.min_retention is None and spec.max_drop is None:
+    if not spec.gated:
         return rows, comparisons, summary, None
     checks = [
         check

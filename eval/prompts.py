@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TEMPLATE = "### Instruction:\n{definition}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
+_MARK = "lorazip-answer"  # found again in what a chat template writes
+
+
 @dataclass(frozen=True)
 class Prompter:
     """How a task is put to a model.
@@ -42,9 +45,15 @@ class Prompter:
         if self.tokenizer.eos_token_id is None:
             raise UsageError("this model's tokenizer has no end token, so no answer could end")
 
-    @property
+    @cached_property
     def end(self) -> int:
-        """The token that ends an answer."""
+        """The token that ends an answer: the tokenizer's end token, or what its chat template writes after one."""
+        if self.chat:
+            answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+            text = str(self.tokenizer.apply_chat_template(answered, tokenize=False))
+            after = self._tokens(text.rpartition(_MARK)[2])
+            if after:
+                return after[0]
         return int(self.tokenizer.eos_token_id)
 
     def text(self, task: Task, example: Example, shots: Sequence[Example] = ()) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from lorazip.devices import find_device
 from lorazip.errors import CheckError, UsageError
 from lorazip.eval import canary, vllm_backend
 from lorazip.eval import transformers_backend as hf
@@ -64,11 +65,7 @@ def engine(
     Raises:
         UsageError: what was asked for is not there.
     """
-    there = torch.cuda.is_available()
-    if device == "auto":
-        device = "cuda" if there else "cpu"
-    if device.startswith("cuda") and not there:
-        raise UsageError("no CUDA device is there (use --device cpu)")
+    place = find_device(device)
     kind: Kind
     if backend == "auto":
         kind = "vllm" if vllm_backend.installed() else "hf"
@@ -77,10 +74,10 @@ def engine(
     else:
         kind = "vllm" if backend == "vllm" else "hf"
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if tensor_parallel != 1 and kind == "hf":
-        raise UsageError("--tensor-parallel is of vLLM (use --backend vllm)")
-    return Engine(kind, getattr(torch, dtype), torch.device(device), tensor_parallel)
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    if tensor_parallel < 1 or (tensor_parallel > 1 and kind == "hf"):
+        raise UsageError("--tensor-parallel is a number of GPUs, for --backend vllm")
+    return Engine(kind, getattr(torch, dtype), place, tensor_parallel)
 
 
 @dataclass
@@ -144,7 +141,7 @@ class Session:
 
     def _make(self, keys: Sequence[bytes], calls: Sequence[Call], what: str) -> dict[bytes, Answer]:
         if self._backend is None:
-            self._backend = self._start()
+            self._backend, self._proof = self._start()
         found: dict[bytes, Answer] = {}
         fresh: dict[bytes, Any] = {}
         begun, tokens = time.perf_counter(), 0
@@ -161,7 +158,7 @@ class Session:
         self.cost.seconds += time.perf_counter() - begun
         return found
 
-    def _start(self) -> Backend:
+    def _start(self) -> tuple[Backend, list[Canary]]:
         """Start the model, and let every adapter prove itself in it before it is asked anything else.
 
         Raises:
@@ -175,12 +172,12 @@ class Session:
         backend = self._open()
         try:
             found = dict(backend.run([*asked, *bare]))
-            self._proof = self._judged(hands, [found[i] for i in range(len(found))])
+            proof = self._judged(hands, [found[i] for i in range(len(found))])
             self.cache.put({self._key(c): asdict(found[i]) for i, c in enumerate([*asked, *bare])})
         except BaseException:
             backend.close()
             raise
-        return backend
+        return backend, proof
 
     def proof(self) -> list[Canary]:
         """One canary for each of `actings`: of this run's model, or else of the run that filled the cache.
@@ -190,9 +187,12 @@ class Session:
         if self._proof is None:
             asked, bare = self._canary_calls()
             calls = [*asked, *bare]
-            answers = self.ask(calls, "canaries")
-            if self._proof is None:
-                self._proof = self._judged(self._by_hand(calls), answers)
+            keys = [self._key(call) for call in calls]
+            known = self.cache.get(keys)
+            if all(k in known for k in keys):
+                self._proof = self._judged(self._by_hand(calls), [_answer(known[k]) for k in keys])
+            else:
+                self._backend, self._proof = self._start()
         return self._proof
 
     def _canary_calls(self) -> tuple[list[Forced], list[Forced]]:
@@ -203,7 +203,7 @@ class Session:
         found = [answer.logprobs for answer in answers if isinstance(answer, Scores)]
         n = len(self.actings)
         judged = [
-            canary.judge(acting, hands[i], hands[n + i], found[i], found[n + i])
+            canary.judge(acting, hands[i], hands[n + i], found[i], found[n + i], self.engine.dtype)
             for i, acting in enumerate(self.actings)
         ]
         wrong = [f"{c.arm}/{c.adapter}: {c.problem}" for c in judged if not c.ok]

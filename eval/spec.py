@@ -53,6 +53,11 @@ class EvalSpec:
     max_drop: float | None = None
     point: bool = False
 
+    @property
+    def gated(self) -> bool:
+        """Whether a gate was asked for."""
+        return self.min_retention is not None or self.max_drop is not None
+
     def __post_init__(self) -> None:
         for name, least in {"limit": 1, "max_tokens": 2, "new_tokens": 1, "shots": 0}.items():
             value = getattr(self, name)

@@ -7,6 +7,7 @@ layers, from wherever they are (a PEFT directory, a bundle), without a file or a
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -52,6 +53,7 @@ class TransformersBackend:
         self._device = device
         self._tokens = TOKENS.get(device.type, TOKENS["cuda"])
         plain = load(base, dtype, device)
+        self._ends = _take_ends(plain) | {int(tokenizer.eos_token_id)}
         self._modules = sorted({module for acting in actings for module in acting.adapter.modules})
         check_shapes(plain, actings)
         self.model: Any = _with_slot(plain, self._modules) if actings else plain
@@ -133,32 +135,45 @@ class TransformersBackend:
     @torch.inference_mode()
     def _greedy(self, calls: Sequence[Greedy]) -> Iterator[Written]:
         ids, mask = self._padded([call.prompt for call in calls])
-        stop = list(calls[0].stop)
+        limit, stop = calls[0].limit, calls[0].stop
+
+        def stopped(sofar: Tensor, scores: Any, **_: Any) -> Tensor:
+            """(rows,): generate's own stop_strings would look into the prompt too."""
+            written = sofar[:, ids.shape[1] :].tolist()
+            return torch.tensor([self._has(row, stop) for row in written], device=sofar.device)
+
         made = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=calls[0].limit,
+            max_new_tokens=limit,
             do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
             pad_token_id=self._pad,
             eos_token_id=sorted(self._ends),
-            **({"stop_strings": stop, "tokenizer": self._tokenizer} if stop else {}),
+            stopping_criteria=[stopped] if stop else [],
         )
-        for row, call in zip(made[:, ids.shape[1] :].tolist(), calls, strict=True):
+        for row in made[:, ids.shape[1] :].tolist():
             tokens = _until(row, self._ends)
-            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-            yield Written(cut(text, call.stop), tuple(tokens))
+            if stop:
+                tokens = self._until_stop(tokens, stop)
+            yield Written(cut(self._text(tokens), stop), tuple(tokens))
 
-    @property
-    def _ends(self) -> set[int]:
-        """Tokens that end an answer: the tokenizer's own and those of generation_config.json, as in vLLM."""
-        named = self.model.generation_config.eos_token_id
-        more = [] if named is None else [named] if isinstance(named, int) else named
-        return {int(self._tokenizer.eos_token_id), *more}
+    def _until_stop(self, tokens: list[int], stops: Sequence[str]) -> list[int]:
+        """Up to and with the token that completes a stop; what follows it is padding."""
+
+        def ended(length: int) -> bool:
+            return self._has(tokens[:length], stops)
+
+        return tokens[: bisect_left(range(len(tokens)), True, key=ended)]
+
+    def _has(self, tokens: list[int], stops: Sequence[str]) -> bool:
+        text = self._text(tokens)
+        return any(stop in text for stop in stops)
+
+    def _text(self, tokens: list[int]) -> str:
+        """As vLLM writes it: some tokenizers would take out the space before a full stop."""
+        return str(
+            self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     @property
     def _pad(self) -> int:
@@ -182,19 +197,32 @@ def load(base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     Raises:
         InputError: it cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             [Defect(str(base), problem=f"cannot be loaded as a base model: {error}", remedy="check --base")]
         ) from error
     anything: Any = model  # its `to` is typed for a decorator's sake
     loaded: PreTrainedModel = anything.to(device).eval()
     return loaded
+
+
+def _take_ends(model: PreTrainedModel) -> set[int]:
+    """Tokens that end an answer by generation_config.json, as in vLLM; its other settings are put away.
+
+    They would change which token is taken: penalties, forbidden and forced tokens, least lengths.
+    """
+    from transformers import GenerationConfig
+
+    named = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    return set() if named is None else {named} if isinstance(named, int) else set(named)
 
 
 def check_shapes(model: nn.Module, actings: Sequence[Acting]) -> None:

@@ -11,10 +11,9 @@ from lorazip import units
 from lorazip.cli import render
 from lorazip.errors import UsageError
 from lorazip.eval import job, session, tasks
-from lorazip.eval.metrics import METRICS
 from lorazip.eval.prompts import TEMPLATE
 from lorazip.eval.results import REPORT, RESULTS, Gate, Interval, Results
-from lorazip.eval.spec import AUTO, EvalSpec
+from lorazip.eval.spec import AUTO, PRIMARY, EvalSpec
 
 CODES = {"pass": 0, "fail": 1, "undecided": 3}
 
@@ -61,7 +60,7 @@ CODES = {"pass": 0, "fail": 1, "undecided": 3}
                    "that it names are run). May be repeated; needs lorazip[lm-eval].")  # fmt: skip
 @click.option("--backend", type=click.Choice(["auto", "vllm", "hf"]), default="auto", show_default=True,
               help="hf: transformers and PEFT. auto: vllm if it is installed.")  # fmt: skip
-@click.option("--metric", type=click.Choice([AUTO, *METRICS]), default=AUTO, show_default=True,
+@click.option("--metric", type=click.Choice([AUTO, *PRIMARY]), default=AUTO, show_default=True,
               help="What tasks are judged by. auto: what the index says, else by the kind of answer.")  # fmt: skip
 @click.option(
     "--agreement", is_flag=True, help="Also measure how often an arm gives the original's own answer."
@@ -171,7 +170,7 @@ def evaluate(
         split=split,
         limit=limit,
         columns=tasks.parse_columns(columns),
-        template=template.replace("\\n", "\n"),
+        template=template,
         chat=chat,
         definition=definition,
         metric=metric,
