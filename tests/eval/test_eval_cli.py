@@ -230,6 +230,16 @@ def test_results_of_another_evaluation_are_not_replaced(evaluate: Run) -> None:
         assert "out" in ended.err and "choose another" in ended.err
 
 
+def test_what_a_killed_run_left_is_no_obstacle(evaluate: Run) -> None:
+    Path("out").mkdir()
+    for name in ("examples.jsonl", ".report.html.tmp"):
+        Path("out", name).write_text("half")
+    with pytest.raises(AssertionError, match="a model was started"):
+        job.evaluate("model", ["tasks"], adapters=["zoo"], output="out")
+    Path("out/mine.txt").write_text("mine")
+    assert "holds no results of an evaluation" in evaluate(f"{ALL} --force").err
+
+
 def test_names_from_files_do_not_rewrite_the_terminal(evaluate: Run) -> None:
     Path("tasks/bad\x1b[2J\n.jsonl").write_text("{")
     Path("tasks/tasks.jsonl").write_text('{"task": "ant", "metric": "\\u001b[2J"}')

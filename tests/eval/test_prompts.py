@@ -185,6 +185,17 @@ def test_solved_examples_are_turns_of_a_chat() -> None:
     )
 
 
+def test_an_answer_ends_as_turns_of_the_chat_do() -> None:
+    turns = CHAT.replace("</s>{% endfor %}", "\n{% endfor %}")  # as Gemma, whose end token ends no turn
+    assert Prompter(tokenizer("<s>", chat=turns), chat=True).answer("4") == (
+        *PLAIN.answer("4", end=False),
+        *PLAIN.answer("\n", end=False),
+    )
+    assert Prompter(tokenizer("<s>", chat=CHAT), chat=True).answer("4") == PLAIN.answer("4")
+    bare = CHAT.replace("</s>{% endfor %}", "{% endfor %}")
+    assert Prompter(tokenizer("<s>", chat=bare), chat=True).answer("4") == PLAIN.answer("4")
+
+
 def test_chat_needs_a_template_that_takes_the_conversation() -> None:
     with pytest.raises(UsageError, match="has no chat template"):
         Prompter(tokenizer(), chat=True)

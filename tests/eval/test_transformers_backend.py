@@ -162,7 +162,7 @@ def test_batches_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(world.backend, "_tokens", 100)
     monkeypatch.setattr(hf, "LOGITS", 4000)
     monkeypatch.setattr(world.backend.model, "forward", watched)
-    world.ask([call for call in forced(world.keys[:2], 60, seed=6)])
+    world.ask(list(forced(world.keys[:2], 60, seed=6)))
     assert all(rows == 1 or rows * width <= 100 for rows, width in sizes)
     assert all(
         rows == 1 or rows * keep * (END + 1) <= 4000 for (rows, _), keep in zip(sizes, kept, strict=True)
@@ -333,6 +333,23 @@ def test_further_end_tokens_of_the_base_end_an_answer(world: World, tmp_path: Pa
         assert isinstance(after, Written)
         end = before.tokens.index(other) + 1 if other in before.tokens else len(before.tokens)
         assert after.tokens == before.tokens[:end]
+
+
+def test_spaces_are_left_as_they_were_written(world: World, tmp_path: Path) -> None:
+    base = shutil.copytree(world.base, tmp_path / "base")
+    settings = tiny.json_of(base / "tokenizer_config.json") | {"clean_up_tokenization_spaces": True}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = hf.load(base, torch.float32, CPU)
+    with torch.no_grad():  # the prompt's last token decides the next alone, and "a" is followed by " ."
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for before, after in zip(tiny.encode("a ."), [*tiny.encode(" ."), END], strict=True):
+            model.lm_head.weight[after] = 1000 * model.model.embed_tokens.weight[before]
+    model.save_pretrained(base)
+    assert answers(start(base, []), [Greedy(None, tiny.encode("a"), 5)]) == [
+        Written(" .", (*tiny.encode(" ."), END))
+    ]
 
 
 def test_stops_are_cut_at_the_first() -> None:

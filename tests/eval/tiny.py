@@ -195,7 +195,7 @@ def make_tasks(
 ) -> Path:
     """A task for every adapter, of its name; to this share of the inputs it writes the right answer.
 
-    Lines have the splits train (two) and test; answers are 1 to 12 characters, and end.
+    Lines have the splits train (two) and test; answers are 1 to 8 characters, and end.
     """
     root.mkdir(parents=True, exist_ok=True)
     alphabet = string.ascii_lowercase
@@ -206,7 +206,7 @@ def make_tasks(
         while len(rows) < n + 2:
             letters = torch.randint(0, len(alphabet), (6,), generator=random).tolist()
             text = "".join(alphabet[i] for i in letters)
-            written = greedy(model, encode(TEMPLATE.format(input=text)), 13)
+            written = greedy(model, encode(TEMPLATE.format(input=text)), 9)
             if written[-1] != END or len(written) == 1:
                 continue
             answer = "".join(CHARACTERS[i] for i in written[:-1])
@@ -223,3 +223,28 @@ def make_tasks(
 def json_of(path: Path) -> Any:
     """What a JSON file holds."""
     return json.loads(path.read_text())
+
+
+def faults(adapter: HasFactors, other: HasFactors) -> dict[str, Changed]:
+    """Ways in which a backend can get an adapter wrong; each still looks like an adapter of this model."""
+    own = {module: adapter.low_rank(module) for module in adapter.modules}
+    flipped = {**own, Q0: replace(own[Q0], scale=-own[Q0].scale)}
+    mixed = {m: _mixed(f, other.low_rank(m)) if m in other.modules else f for m, f in own.items()}
+    return {
+        "zeroed": scaled(adapter, 0.0),
+        "swapped": copied(other, name=adapter.name),
+        "twice": scaled(adapter, 2.0),
+        "half": scaled(adapter, 0.5),
+        "a fifth more": scaled(adapter, 1.2),
+        "a fifth less": scaled(adapter, 0.8),
+        "flipped": scaled(adapter, -1.0),
+        "one flipped": copied(adapter, factors=flipped),
+        "one missing": without(adapter, Q0),
+        "another's core": copied(adapter, factors=mixed),
+    }
+
+
+def _mixed(one: LowRank, other: LowRank) -> LowRank:
+    """The left factor of one adapter, the right factor of another: a wrong cluster's basis."""
+    rank = min(one.B.shape[1], other.A.shape[0])
+    return replace(one, B=one.B[:, :rank].float(), A=other.A[:rank].float())
