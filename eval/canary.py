@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RELATIVE = {torch.float32: 0.005}
 RELATIVE_HALF = 0.05
 NOISE = 4.0  # times what the bare base deviates by on the same prompt
+FOREIGN = 1e-2  # nats; float32 differs by 1e-4 between two engines
 FLOOR = 1e-5  # nats; float32 through a few layers
 LONGEST = 256  # tokens of a canary
 
@@ -93,6 +94,8 @@ def judge(
     problem = ""
     if not math.isfinite(effect + noise):
         problem = "log-probabilities of the prompt are not finite numbers: nothing can be proven"
+    elif dtype == torch.float32 and noise > FOREIGN:
+        problem = f"the bare base is {noise:.2g} off in log-probability: the backend computes another model"
     elif 0 < effect <= 2 * tolerance:
         problem = (
             f"its effect on the prompt, {effect:.2g} in log-probability, drowns in the arithmetic's noise, {noise:.2g}:"

@@ -176,7 +176,7 @@ def _resampled(tasks: Sequence[Floats], pseudo: Floats, weight: float = 1.0) -> 
     """
     random = np.random.default_rng(SEED)
     # In an order of their own: the interval must not depend on the names of adapters.
-    ordered = sorted((task[np.lexsort(task.T)] for task in tasks), key=lambda task: task.tobytes())
+    ordered = sorted((task[np.lexsort(task.T)] for task in tasks), key=lambda task: task.tolist())
     shares = np.array([1 / len(task) for task in ordered])
     masses = weight * len(pseudo) * shares / shares.sum()
     columns = ordered[0].shape[1]

@@ -154,9 +154,7 @@ def lora_arguments(actings: Sequence[Acting]) -> dict[str, Any]:
     """
     if not actings:
         return {}
-    ranks = {
-        acting.key: max((rank(acting, m) for m in acting.adapter.modules), default=0) for acting in actings
-    }
+    ranks = {acting.key: largest_rank(acting) for acting in actings}
     too_high = [
         Defect(key, problem=f"has rank {r}, vLLM takes at most {RANKS[-1]}", remedy="use --backend hf")
         for key, r in ranks.items()
@@ -174,9 +172,15 @@ def lora_arguments(actings: Sequence[Acting]) -> dict[str, Any]:
     }
 
 
-def rank(acting: Acting, module: str) -> int:
-    """Columns of the factors of one module."""
-    return int(acting.adapter.low_rank(module).A.shape[0])
+def largest_rank(acting: Acting) -> int:
+    """The most columns that its factors have in any module."""
+    return max((acting.adapter.low_rank(m).A.shape[0] for m in acting.adapter.modules), default=0)
+
+
+def _named_rank(acting: Acting) -> int:
+    """The largest rank that its config names, if only for modules that it does not have: vLLM counts those too."""
+    config = acting.adapter.config
+    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
 
 
 def device_arguments() -> dict[str, Any]:
@@ -207,13 +211,16 @@ def _import() -> Any:
 
 def _directory(acting: Acting, scratch: Path, number: int) -> Path:
     """A PEFT directory of this adapter; names never become paths here."""
-    if acting.directory is not None:
+    config = acting.adapter.config
+    plain = config.get("bias", "none") == "none" and _named_rank(acting) <= largest_rank(acting)
+    if acting.directory is not None and plain:
         return acting.directory
     factors = {}
     for module in acting.adapter.modules:
         factor = acting.adapter.low_rank(module)
         factors[module] = (factor.scale * factor.B.float(), factor.A.float())
-    peft_format.save(scratch / str(number), acting.adapter.config, factors, {})
+    # It carries no biases (`require_plain`), but vLLM refuses a config that allows for them.
+    peft_format.save(scratch / str(number), {**config, "bias": "none"}, factors, {})
     return scratch / str(number)
 
 

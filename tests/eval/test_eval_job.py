@@ -491,7 +491,7 @@ for step in [*map(int, sys.argv[4:]), 0]:
         tests.evaluate(world, tests.KILLED_SPEC, cache=cache, output=cache / "out", progress=progress)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    print(status, (cache / "out").exists(), flush=True)
+    print(status, (cache / "out" / "results.json").exists(), flush=True)
 """
 KILLED_SPEC = dataclasses.replace(SPEC, limit=6, agreement=True, new_tokens=8)
 
