@@ -266,8 +266,10 @@ def test_the_tolerance_is_of_effect_and_noise() -> None:
     assert not judged(-2, -1, -2.0051, -1).ok
     assert judged(-2, -1, -2.049, -1, HALF).ok
     assert not judged(-2, -1, -2.051, -1, HALF).ok
-    assert judged(-2, -1, -2.05, -1.0125).tolerance == pytest.approx(0.05)  # four times the base's own
-    assert judged(-2, -1, -2.049, -1.0125).ok
+    assert judged(-2, -1, -2.03, -1.009).tolerance == pytest.approx(0.036)  # four times the base's own
+    assert judged(-2, -1, -2.035, -1.009).ok
+    assert "computes another model" in judged(-2, -1, -2, -1.011).problem
+    assert judged(-2, -1, -2, -1.011, HALF).ok  # half types are as far off
     assert judged(-1, -1, -1 + 9e-6, -1).ok and not judged(-1, -1, -1 + 11e-6, -1).ok  # of no effect
 
 
