@@ -526,7 +526,7 @@ def test_killed_anywhere_a_run_goes_on(world: Path, tmp_path: Path) -> None:
 
 
 def assert_same(found: Any, wanted: Any, close: float = 1e-4) -> None:
-    """But for the cost, and for rounding: what is asked again is asked in other batches, and padding moves last bits."""
+    """But for the cost and for rounding: what is asked again is asked in other batches; padding moves last bits."""
     if isinstance(wanted, dict):
         assert set(found) == set(wanted)
         for name in set(wanted) - {"cost"}:
