@@ -68,7 +68,9 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names = [node.module]
         # What is installed may be asked: that imports nothing.
-        found |= {name.split(".")[0] for name in names if name not in ("importlib.metadata", "importlib.util")}
+        found |= {
+            name.split(".")[0] for name in names if name not in ("importlib.metadata", "importlib.util")
+        }
     return found
 
 

@@ -181,7 +181,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_base(root / "base")
     tiny.make_adapters(root / "zoo", NAMES[:-1])
     ranks = {"q_proj": 4, "v_proj": 4}  # of all that it adapts; vLLM looks at r all the same
-    tiny.MakeAdapter(root / "zoo")("ibis", modules=tiny.ATTENTION, r=600, rank_pattern=ranks, bias="lora_only")
+    tiny.MakeAdapter(root / "zoo")(
+        "ibis", modules=tiny.ATTENTION, r=600, rank_pattern=ranks, bias="lora_only"
+    )
     lorazip.compress([str(root / "zoo")], lorazip.Spec("jd-full", rank=8, clusters=2), root / "team")
     return root
 
