@@ -24,6 +24,8 @@ from lorazip.errors import UndecidedError
 HELD_OUT = 64  # principal directions that are tried at first
 STEP = 1.25  # between the ranks that are tried at first
 NEAR = 3  # all ranks so close to a small best one are tried: bytes do not fall and rise smoothly
+# Share of the energy of D that a factor loses in so many bits (docs/QUANTIZATION.md, r = 2 to 8 without the truncation)
+ROUNDING = {1: 0.15, 2: 0.05, 3: 0.015, 4: 0.004, 6: 3e-4, 8: 2e-5}
 FINE = 0.02  # of the best rank: steps that would change the bytes by less than that are not taken
 
 
@@ -178,24 +180,31 @@ def _least_bytes(module: Module, spec: Spec, rank: int, fallback: Tensor) -> flo
             a = b = rank
         case _:
             a = b = min(rank, out, in_)
-    shared = codec_bytes(spec.dtype, (a, out), (b, in_))
+    shared = _basis_bytes(spec, (a, out), (b, in_))
     return shared + float(torch.minimum(_core_bytes(module, spec, a, b), fallback).sum())
 
 
 def _bytes(module: Module, spec: Spec, clusters: Clusters, fallback: Tensor) -> float:
     """Total bytes of the module with these bases; a base that nobody uses is free."""
     assert spec.max_error is not None
-    # Energies of float32 fits are known to about 1e-7. What is held in the end is measured in float64.
-    held = (clusters.residuals <= (spec.max_error + 1e-7) * module.energies) & (module.energies > 0)
+    # Energies of float32 fits are known to about 1e-7. What is held in the end is measured in float64, as it is stored.
+    bases = spec.bits if spec.basis_bits is None else spec.basis_bits
+    lost = 2 * _rounding(bases) + _rounding(spec.bits if spec.core_bits is None else spec.core_bits)
+    held = clusters.residuals + lost * module.energies <= (spec.max_error + 1e-7) * module.energies
+    held &= module.energies > 0
     labels = torch.tensor(clusters.labels, device=held.device)
     total = fallback.clone()
     shared = 0.0
     for c, pair in enumerate(clusters.pairs):
         users = held & (labels == c)
         if bool(users.any()):
-            shared += codec_bytes(spec.dtype, pair.left.shape, pair.right.shape)
+            shared += _basis_bytes(spec, pair.left.T.shape, pair.right.T.shape)
             total[users] = _core_bytes(module, spec, pair.left.shape[1], pair.right.shape[1])[users]
     return shared + float(total.sum())
+
+
+def _basis_bytes(spec: Spec, *shapes: Sequence[int]) -> int:
+    return sum(codec_bytes(spec.basis_codec(shape[0]), shape) for shape in shapes)
 
 
 def codec_bytes(name: str, *shapes: Sequence[int]) -> int:
@@ -206,7 +215,7 @@ def codec_bytes(name: str, *shapes: Sequence[int]) -> int:
 def _core_bytes(module: Module, spec: Spec, a: int, b: int) -> Tensor:
     """(n,) bytes of every adapter's core between bases of a and b columns."""
     kind, ranks = METHODS[spec.method].core, module.stack.ranks
-    known = {rank: codec_bytes(spec.dtype, *core_shape(kind, a, b, rank)) for rank in set(ranks)}
+    known = {rank: codec_bytes(spec.core_codec(), *core_shape(kind, a, b, rank)) for rank in set(ranks)}
     return module.energies.new_tensor([float(known[rank]) for rank in ranks])
 
 
@@ -229,4 +238,23 @@ def _fallback_bytes(module: Module, spec: Spec) -> Tensor:
     out, in_ = module.stack.left.shape[1], module.stack.right.shape[1]
     ranks = least_ranks(module.sigma, spec.max_error * module.energies)
     cut = ranks.double() * codec_bytes(spec.dtype, (out,), (in_,))
-    return torch.minimum(cut, module.original_bytes.to(cut))
+    cut = torch.minimum(cut, module.original_bytes.to(cut))
+    left = spec.max_error - 2 * _rounding(spec.bits)
+    if spec.bits is None or left <= 0:
+        return cut
+    ranks = least_ranks(module.sigma, left * module.energies)
+    sizes = [codec_bytes(spec.own_codec(r), (r, out), (r, in_)) if r else 0 for r in ranks.tolist()]
+    return torch.minimum(cut, cut.new_tensor(sizes))
+
+
+def _rounding(bits: float | None) -> float:
+    """The share of energy that rounding one tensor to so many bits costs, about; geometric between the known ones.
+
+    Only for choosing: what is stored is measured.
+    """
+    if bits is None:
+        return 0.0
+    low = max(b for b in ROUNDING if b <= bits)
+    high = min(b for b in ROUNDING if b >= bits)
+    share = (bits - low) / (high - low) if high > low else 0.0
+    return float(ROUNDING[low] ** (1 - share) * ROUNDING[high] ** share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -74,10 +74,9 @@ def assemble(
     files = {"README.md": sink.data("README.md", card(inputs.base).encode())}
     totals = shards.streams([shard.ends for shard in finished])
     if totals:
-        pieces = {
-            dtype: (piece for shard in finished for piece in shard.shared(dtype)) for dtype, _ in totals
-        }
-        files[SHARED] = sink.tensors(SHARED, [Entry(d, d, (count,), pieces[d]) for d, count in totals])
+        files[SHARED] = sink.tensors(
+            SHARED, [Entry(d, d, (count,), _shared_pieces(finished, d)) for d, count in totals]
+        )
     rows = _rows(inputs)
     records = []
     for done, adapter in enumerate(inputs.adapters, 1):
@@ -88,6 +87,11 @@ def assemble(
     manifest = _manifest(inputs, spec, finished, records, files)
     total = sink.data(MANIFEST, manifests.dumps(manifest)).nbytes
     return total + sum(record.nbytes for record in (*files.values(), *records))
+
+
+def _shared_pieces(finished: Sequence[Shard], dtype: str) -> Iterator[Tensor]:
+    for shard in finished:
+        yield from shard.shared(dtype)
 
 
 def _entries(adapter: Adapter, mine: Sequence[tuple[Shard, int]]) -> list[Entry]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from lorazip.adapter import LowRank
-from lorazip.compress import allocate, joint, svd
+from lorazip.codecs import CODECS
+from lorazip.compress import allocate, joint, quantize
 from lorazip.compress.allocate import Module
 from lorazip.compress.joint import Pair
 from lorazip.compress.lowrank import Stack, canonical, inner, untangled
 from lorazip.compress.methods import METHODS
+from lorazip.compress.own import own_factors
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.errors import CodecError
@@ -108,7 +110,7 @@ def encode(name: str, factors: Sequence[LowRank], spec: Spec) -> ModuleCode:
     module, loaded = prepare(name, factors, spec)
     try:
         if spec.method == "svd":
-            encoded: Encoded = ((), (), [own_factors(module, i, spec, f) for i, f in enumerate(factors)])
+            encoded: Encoded = ((), (), own_factors(module, range(len(factors)), spec, factors))
         else:
             encoded = _encode_joint(module, spec)
         layout, shared, own = encoded
@@ -128,27 +130,6 @@ def _fits(tensors: Sequence[Tensor], dtype: str) -> bool:
     return all(float(t.abs().max()) <= most for t in tensors)
 
 
-def own_factors(module: Module, i: int, spec: Spec, factor: LowRank) -> OwnFactors:
-    """Adapter i alone: rank given, by energy, or the least that meets the bound; nothing for a zero matrix."""
-    stack = module.stack
-    rows = slice(stack.starts[i], stack.starts[i + 1])
-    left, right, sigma = stack.left[rows], stack.right[rows], module.sigma[i, : stack.ranks[i]]
-    energy = float(module.energies[i])
-    if energy == 0:
-        return OwnFactors((), ())
-    if spec.rank is not None:
-        cut = svd.truncated(left, right, min(spec.rank, stack.ranks[i]), spec.dtype)
-        if spec.max_error is None or svd.residual(cut, factor) <= spec.max_error * energy:
-            return cut
-    if spec.energy is not None:
-        # Kept energy is 1 - left-out energy; a hair of slack, for at energy = 1 rounding would count as energy.
-        allowed = sigma.new_tensor([(1 - spec.energy + 1e-13) * energy])
-        rank = int(svd.least_ranks(sigma[None], allowed))
-        return svd.truncated(left, right, max(rank, int(energy > 0)), spec.dtype)
-    assert spec.max_error is not None
-    return svd.within(left, right, sigma, spec.max_error * energy, factor, spec.dtype)
-
-
 Encoded = tuple[Layout, tuple[tuple[Tensor, ...], ...], list[OwnFactors]]
 
 
@@ -161,19 +142,41 @@ def _encode_joint(module: Module, spec: Spec) -> Encoded:
     own: list[OwnFactors] = [OwnFactors((), ())] * len(module.stack)
     for c, pair in enumerate(clusters.pairs):
         members = [i for i, label in enumerate(clusters.labels) if label == c and module.energies[i] > 0]
-        if not members or (spec.max_error is not None and not _fits((pair.left, pair.right), spec.dtype)):
+        sides = pair.left.T, pair.right.T  # (a, out), (b, in)
+        names = [spec.basis_codec(len(side)) for side in sides]
+        plain = names[0] in CODECS
+        if not members or (spec.max_error is not None and plain and not _fits(sides, spec.dtype)):
             continue
-        stored = []
-        for tensor, side in ((pair.left, "left"), (pair.right, "right")):
-            slot = Slot((tensor.shape[1], tensor.shape[0]), spec.dtype)
-            parts.append(slot.encode(tensor.T))
-            stored.append(slot.decode(parts[-1]).T.to(tensor.device))
-            layout.append(Shared("left" if side == "left" else "right", tensor.shape[1], spec.dtype))
+        slots = [Slot(tuple(side.shape), name) for side, name in zip(sides, names, strict=True)]
+        if plain:
+            stored = [slot.encode(side) for slot, side in zip(slots, sides, strict=True)]
+        else:
+            stored = _rounded_bases(module, members, pair, spec, (names[0], names[1]))
+        layout += [Shared("left", len(sides[0]), names[0]), Shared("right", len(sides[1]), names[1])]
+        parts += stored
+        decoded = [s.decode(p).T.to(pair.left.device) for s, p in zip(slots, stored, strict=True)]
         at = len(layout) - 2, len(layout) - 1
         # Cores are fitted to the bases as stored, so that their rounding is made good where it can be.
-        for i, factors in zip(members, cores(module.stack, members, Pair(*stored), spec, at), strict=True):
+        for i, factors in zip(members, cores(module.stack, members, Pair(*decoded), spec, at), strict=True):
             own[i] = factors
     return tuple(layout), tuple(parts), own
+
+
+def _rounded_bases(
+    module: Module, members: Sequence[int], pair: Pair, spec: Spec, names: tuple[str, str]
+) -> list[tuple[Tensor, ...]]:
+    """The parts of both bases, rounded to few bits for these adapters."""
+    core, method = spec.core_codec(), METHODS[spec.method]
+    bases = quantize.bases(
+        module.stack.select(members),
+        module.weights[list(members)],
+        pair,
+        method.core,
+        names,
+        None if core in CODECS else core,
+        method.refit,
+    )
+    return [side.parts(0) for side in bases]
 
 
 def cores(
@@ -189,20 +192,37 @@ def cores(
     if kind == "scalar":
         return [OwnFactors((Term(at[0], Core("scalar"), at[1]),), ())] * len(members)
     if kind == "diagonal":
-        form = (Term(at[0], Core("diagonal", spec.dtype), at[1]),)
+        form = (Term(at[0], Core("diagonal", spec.core_codec()), at[1]),)
         return [OwnFactors(form, (sigma.float(),)) for sigma in joint.diagonal_cores(part, pair)]
     p, q = joint.full_cores(part, pair)
-    found = []
-    for i, rank in enumerate(part.ranks):
-        shape = allocate.core_shape(kind, p.shape[1], q.shape[1], rank)
-        if len(shape) == 2:
+    name = spec.core_codec()
+    found = [OwnFactors((), ())] * len(members)
+    for rank in sorted(set(part.ranks)):
+        same = [i for i, r in enumerate(part.ranks) if r == rank]
+        factored = len(allocate.core_shape(kind, p.shape[1], q.shape[1], rank)) == 2
+        core = Core("factored", name, rank) if factored else Core("full", name)
+        form = (Term(at[0], core, at[1]),)
+        if name not in CODECS:
+            stored = _rounded_cores(p[same, :, :rank], q[same, :, :rank], pair, name, factored)
+            for i, each in zip(same, stored, strict=True):
+                found[i] = OwnFactors(form, (), parts=each)
+            continue
+        for i in same:
             left, right = _balanced(p[i, :, :rank], q[i, :, :rank])
-            core = Core("factored", spec.dtype, rank)
-            found.append(OwnFactors((Term(at[0], core, at[1]),), (left.T.float(), right.T.float())))
-        else:
-            core = Core("full", spec.dtype)
-            found.append(OwnFactors((Term(at[0], core, at[1]),), ((p[i] @ q[i].T).float(),)))
+            tensors = (left.T.float(), right.T.float()) if factored else ((p[i] @ q[i].T).float(),)
+            found[i] = OwnFactors(form, tensors)
     return found
+
+
+def _rounded_cores(
+    p: Tensor, q: Tensor, pair: Pair, name: str, factored: bool
+) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """The parts of the cores P Q^T, p (n, a, r), q (n, b, r)."""
+    if factored:
+        left, right = quantize.product(p.mT, q.mT, p.shape[2], (name, name))
+        return [(left.parts(i), right.parts(i)) for i in range(len(p))]
+    core = quantize.cores(p @ q.mT, pair.left.T, name)
+    return [(core.parts(i),) for i in range(len(p))]
 
 
 def _balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +253,7 @@ def measured(
     parts, lefts, rights, ranks = [], [], [], []
     for factors in own:
         slots = own_slots(factors.form, layout, out, in_)
-        encoded = [slot.encode(t) for slot, t in zip(slots, factors.tensors, strict=True)]
+        encoded = factors.stored(slots)
         tensors = [slot.decode(e).to(device) for slot, e in zip(slots, encoded, strict=True)]
         b, a = decode(factors.form, bases, tensors, out, in_)
         parts.append(tuple(p for e in encoded for p in e))
@@ -285,8 +305,9 @@ def with_fallbacks(
     fallen = missed(code, spec)
     if not any(fallen):
         return code
-    bound = Spec(method="svd", max_error=spec.max_error, dtype=spec.dtype, device=spec.device)
-    own = [own_factors(module, i, bound, factors[i]) if fallen[i] else own[i] for i in range(len(own))]
+    which = [i for i, fell in enumerate(fallen) if fell]
+    alone = dict(zip(which, own_factors(module, which, spec.alone(), factors), strict=True))
+    own = [alone.get(i, o) for i, o in enumerate(own)]
     used = sorted({index for o in own for index in shared_indices(o.form)})
     place = {index: at for at, index in enumerate(used)}
     own = [replace(o, form=renumbered(o.form, place)) for o in own]

@@ -21,6 +21,7 @@ from lorazip.codecs import DTYPES
 from lorazip.compress import encode
 from lorazip.compress.joint import Pair
 from lorazip.compress.methods import METHODS
+from lorazip.compress.own import own_factors
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.edit import changing, commit
@@ -132,7 +133,7 @@ def join(
         i for i, (one, two) in enumerate(pairwise(module.layout)) if (one.side, two.side) == ("left", "right")
     ]
     if spec.method == "svd" or not starts:
-        own = [encode.own_factors(ready, i, _alone(spec), f) for i, f in enumerate(factors)]
+        own = own_factors(ready, range(len(factors)), _alone(spec), factors)
         return encode.measured(ready, loaded, module.layout, (), own, bases)
     device = loaded.left.device
     pairs = [Pair(bases[c].T.to(device), bases[c + 1].T.to(device)) for c in starts]
@@ -148,18 +149,19 @@ def join(
             for i, core in zip(members, found, strict=True):
                 own[i] = core
     code = encode.measured(ready, loaded, module.layout, (), own, bases)
-    missed = encode.missed(code, spec)
-    own = [
-        encode.own_factors(ready, i, _alone(spec), f) if missed[i] else own[i] for i, f in enumerate(factors)
-    ]
-    return encode.measured(ready, loaded, module.layout, (), own, bases) if any(missed) else code
+    missed = [i for i, misses in enumerate(encode.missed(code, spec)) if misses]
+    if not missed:
+        return code
+    alone = dict(zip(missed, own_factors(ready, missed, _alone(spec), factors), strict=True))
+    own = [alone.get(i, o) for i, o in enumerate(own)]
+    return encode.measured(ready, loaded, module.layout, (), own, bases)
 
 
 def _alone(spec: Spec) -> Spec:
     """Own factors: as the bundle's svd was asked for, or within the bound."""
     if spec.method == "svd" and (spec.rank is not None or spec.energy is not None):
         return spec
-    return Spec(method="svd", max_error=spec.max_error, dtype=spec.dtype, device=spec.device)
+    return spec.alone()
 
 
 def _spec(bundle: Bundle, max_error: float | None, device: str) -> Spec:

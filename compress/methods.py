@@ -24,11 +24,13 @@ class Method:
         fit: the shared pair for weighted adapters.
         residuals: ||D_i - D^_i||^2 (n,) of every adapter on a pair, with the best core.
         core: what an adapter keeps: "full" (stored factored where that is smaller), "diagonal", or "scalar" (nothing).
+        refit: bases are those of least error, so that rounding may solve for them again; else they are to be kept.
     """
 
     fit: Fit
     residuals: Residuals
     core: CoreKind
+    refit: bool = True
 
 
 def _weighted(fit: Callable[[Stack, int, Pair | None], Pair]) -> Fit:
@@ -39,7 +41,7 @@ def _weighted(fit: Callable[[Stack, int, Pair | None], Pair]) -> Fit:
 METHODS: dict[str, Method] = {
     "jd-full": Method(_weighted(joint.fit_full), joint.full_residuals, "full"),
     "jd-diag": Method(_weighted(joint.fit_diagonal), joint.diagonal_residuals, "diagonal"),
-    "eigenlora": Method(_weighted(subspace.fit), joint.full_residuals, "full"),
+    "eigenlora": Method(_weighted(subspace.fit), joint.full_residuals, "full", refit=False),
     "mean": Method(
         lambda stack, weights, rank, start: mean.fit(stack, weights, rank), mean.residuals, "scalar"
     ),

@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 
-from lorazip.codecs import CODECS
+from lorazip import quantized
+from lorazip.codecs import CODECS, integers
 from lorazip.compress.methods import NAMES
 from lorazip.devices import find_device
 from lorazip.errors import UsageError
 
 Weights = Literal["unit", "trained"]
+BITS = ("bits", "core_bits", "basis_bits", "group")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class Spec:
         max_error: bound on every adapter's err_i; what the method cannot hold is stored as the adapter's own factors.
         clusters: number of bases a module, or None for the paper's rule.
         weights: "unit" gives every adapter the same say in every module, "trained" as its own norm has it.
-        dtype: float16, bfloat16 or float32, for all that is stored.
+        dtype: float16, bfloat16 or float32, for all that is stored in no fewer bits.
+        bits: 1 to 8 a number for own factors, bases and cores; between two of 1, 2, 3, 4, 6, 8 the first columns get
+            more than the rest.
+        core_bits, basis_bits: other bits for cores (1, 2, 3, 4, 6 or 8) and shared bases.
+        group: numbers that have a scale in common; None for a column of a factor, or a whole core.
         device: "auto", "cpu" or "cuda" (or "cuda:1").
     """
 
@@ -38,12 +44,18 @@ class Spec:
     weights: Weights = "unit"
     dtype: str = "float16"
     device: str = "auto"
+    bits: float | None = None
+    core_bits: int | None = None
+    basis_bits: float | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.rank), ("clusters", self.clusters)):
+        counts = ("rank", self.rank), ("clusters", self.clusters), ("core-bits", self.core_bits)
+        for name, value in (*counts, ("group", self.group)):
             if value is not None and type(value) is not int:
                 raise UsageError(f"{name} must be a whole number, not {value!r}")
-        for name, number in (("energy", self.energy), ("max-error", self.max_error)):
+        numbers = ("energy", self.energy), ("max-error", self.max_error)
+        for name, number in (*numbers, ("bits", self.bits), ("basis-bits", self.basis_bits)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
                 raise UsageError(f"{name} must be a number, not {number!r}")
         if self.method not in NAMES:
@@ -64,12 +76,65 @@ class Spec:
             raise UsageError(f"weights must be unit or trained, not {self.weights!r}")
         if self.dtype not in CODECS:
             raise UsageError(f"dtype must be one of {', '.join(CODECS)}, not {self.dtype!r}")
+        self._check_bits()
         self.torch_device()
+
+    def _check_bits(self) -> None:
+        for name, bits in (("bits", self.bits), ("basis-bits", self.basis_bits)):
+            if bits is not None and not 1 <= bits <= max(quantized.BITS):
+                raise UsageError(f"{name} must be from 1 to {max(quantized.BITS)}, not {bits}")
+        if self.core_bits is not None and self.core_bits not in quantized.BITS:
+            known = ", ".join(map(str, quantized.BITS))
+            raise UsageError(f"core-bits must be one of {known}, not {self.core_bits}")
+        if self.method == "svd" and (self.core_bits, self.basis_bits) != (None, None):
+            raise UsageError("svd has no cores and no shared bases (give --bits)")
+        if self.group is not None:
+            if not 8 <= self.group < 10_000_000:
+                raise UsageError(f"group must be at least 8 and below 10000000, not {self.group}")
+            if (self.bits, self.core_bits, self.basis_bits) == (None, None, None):
+                raise UsageError("group is the number of numbers with one scale: give it with bits")
+
+    def alone(self) -> Spec:
+        """What an adapter that the method cannot hold within the bound is stored by: its own factors."""
+        return Spec(
+            "svd",
+            max_error=self.max_error,
+            dtype=self.dtype,
+            device=self.device,
+            bits=self.bits,
+            group=self.group if self.bits is not None else None,
+        )
+
+    def own_codec(self, columns: int) -> str:
+        """The codec of an adapter's own factors of so many columns."""
+        return self._codec(self.bits, columns)
+
+    def basis_codec(self, columns: int) -> str:
+        """The codec of shared bases of so many columns."""
+        return self._codec(self.bits if self.basis_bits is None else self.basis_bits, columns)
+
+    def core_codec(self) -> str:
+        """The codec of cores: small, so all of one has one scale and the same bits."""
+        bits = self.bits if self.core_bits is None else self.core_bits
+        if bits is None:
+            return self.dtype
+        return integers(
+            min(b for b in quantized.BITS if b >= bits), 1, "t" if self.group is None else f"g{self.group}"
+        )
+
+    def _codec(self, bits: float | None, columns: int) -> str:
+        if bits is None:
+            return self.dtype
+        return integers(bits, columns, "" if self.group is None else f"g{self.group}")
 
     def torch_device(self) -> torch.device:
         """The device to compute on. Raises UsageError for one that is not there."""
         return find_device(self.device)
 
     def recorded(self) -> dict[str, object]:
-        """What a bundle records: everything that its bytes depend on, not the device."""
-        return {key: value for key, value in asdict(self).items() if key != "device"}
+        """What a bundle records: everything that its bytes depend on, not the device.
+
+        What concerns bits is left out where it is not used: a lorazip that knows no bits can then add to such bundles.
+        """
+        used = {k: v for k, v in asdict(self).items() if v is not None or k not in BITS}
+        return {key: value for key, value in used.items() if key != "device"}

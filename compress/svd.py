@@ -6,6 +6,7 @@ error of leaving out the rest is the sum of the squares of their singular values
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lorazip.adapter import LowRank
 from lorazip.errors import CodecError
-from lorazip.terms import Core, Form, Own, Term, own_slots
+from lorazip.terms import Core, Form, Own, Slot, Term, own_slots
 
 MARGIN = 1e-9  # of a bound, so that the rounding of float64 sums cannot cross it
 
@@ -25,6 +26,13 @@ class OwnFactors:
     form: Form
     tensors: tuple[Tensor, ...]  # as stored, before the codec
     exact: bool = False  # the original bit for bit: its error is zero, whatever the decoder rounds
+    parts: tuple[tuple[Tensor, ...], ...] | None = None  # already as stored, in place of `tensors`
+
+    def stored(self, slots: Sequence[Slot]) -> list[tuple[Tensor, ...]]:
+        """The parts of every tensor. Raises CodecError for what does not fit its codec."""
+        if self.parts is not None:
+            return list(self.parts)
+        return [slot.encode(tensor) for slot, tensor in zip(slots, self.tensors, strict=True)]
 
 
 def least_ranks(sigma: Tensor, allowed: Tensor) -> Tensor:
@@ -84,11 +92,10 @@ def residual(cut: OwnFactors, factor: LowRank) -> float:
     """||D^ - D||^2 of one adapter's truncated factors as stored; infinite where the codec cannot hold them."""
     out, in_ = factor.B.shape[0], factor.A.shape[1]
     device = cut.tensors[0].device if cut.tensors else factor.A.device
+    slots = own_slots(cut.form, (), out, in_)
     rows, cols = [factor.B.T.to(device).double() * factor.scale], [factor.A.to(device).double()]
     try:
-        stored = [
-            s.decode(s.encode(t)) for s, t in zip(own_slots(cut.form, (), out, in_), cut.tensors, strict=True)
-        ]
+        stored = [slot.decode(parts) for slot, parts in zip(slots, cut.stored(slots), strict=True)]
     except CodecError:
         return float("inf")
     if stored:

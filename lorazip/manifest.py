@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorazip.codecs import CODECS
+from lorazip import codecs
 from lorazip.errors import BundleError
 from lorazip.header import FormatError, parse_json
 from lorazip.names import problem_with, twins
@@ -342,8 +342,10 @@ def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> l
 
 
 def _codec(name: Any) -> str:
-    if name not in CODECS:
-        raise BundleError(f"bundle.json: codec {name!r} is not known to this version of lorazip (upgrade it)")
+    try:
+        codecs.codec(_text(name))
+    except BundleError as error:
+        raise BundleError(f"bundle.json: {error}") from None
     return str(name)
 
 

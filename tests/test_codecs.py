@@ -41,7 +41,7 @@ def test_parts_describe_what_is_encoded(name: str, shape: list[int]) -> None:
 
 
 def test_bytes_of_a_part() -> None:
-    assert [Part(name, 3).nbytes for name in DTYPES] == [12, 6, 6]
+    assert [Part(name, 3).nbytes for name in DTYPES] == [12, 6, 6, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -89,5 +89,5 @@ def test_the_largest_value_fits() -> None:
 
 
 def test_an_unknown_codec_is_named() -> None:
-    with pytest.raises(BundleError, match="codec 'int3' is not known to this version"):
-        codec("int3")
+    with pytest.raises(BundleError, match="codec 'int5' is not known to this version"):
+        codec("int5")

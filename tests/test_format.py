@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "v1").glob("*.lorazip"))
+LATER = sorted((ROOT / "tests" / "golden" / "v1-integers").glob("*.lorazip"))
 ZOO = ROOT / "examples" / "zoo"
 PREFIX = "base_model.model."
 TINY = {"layers.0.k_proj": (8, 16), "layers.0.q_proj": (16, 16), "layers.1.q_proj": (16, 16)}
@@ -58,10 +59,12 @@ def assert_equal_readers(path: Path) -> reader.Bundle:
 def test_the_fixtures_are_there() -> None:
     made = {"example", "forms", *make.COMPRESSED}
     assert {path.stem for path in GOLDEN} >= made
-    assert sum(path.stat().st_size for path in GOLDEN[0].parent.rglob("*") if path.is_file()) < 60_000
+    assert {path.stem for path in LATER} >= {"integers", *make.FEW_BITS}
+    for folder in (GOLDEN[0].parent, LATER[0].parent):
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 100_000
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GOLDEN + LATER, ids=lambda path: path.stem)
 def test_old_bundles_are_read(path: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(path)
     assert bundle.verify() == []
@@ -74,7 +77,11 @@ def test_old_bundles_are_read(path: Path, tmp_path: Path) -> None:
             assert np.linalg.norm(dense - expected[key]) <= 1e-6 * np.linalg.norm(expected[key])
 
 
-@pytest.mark.parametrize("path", [p for p in GOLDEN if p.stem in make.COMPRESSED], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in GOLDEN + LATER if p.stem in {*make.COMPRESSED, *make.FEW_BITS}],
+    ids=lambda path: path.stem,
+)
 def test_old_bundles_are_exported(path: Path, tmp_path: Path) -> None:
     other = reader.Bundle(path)
     for done in export.export(Bundle.open(path), [], tmp_path / "out"):
@@ -84,10 +91,10 @@ def test_old_bundles_are_exported(path: Path, tmp_path: Path) -> None:
             assert np.linalg.norm(b @ a - dense) <= 1e-6 * np.linalg.norm(dense)
 
 
-@pytest.mark.parametrize("write", [make.example, make.forms], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", [make.example, make.forms, make.integers], ids=lambda write: write.__name__)
 def test_the_same_content_has_the_same_bytes_as_ever(write: Callable[[Path], None], tmp_path: Path) -> None:
     write(tmp_path / "new")
-    old = next(path for path in GOLDEN if path.stem == write.__name__)
+    old = next(path for path in GOLDEN + LATER if path.stem == write.__name__)
     files = [path.relative_to(old) for path in old.rglob("*") if path.is_file()]
     assert len(files) >= 5
     for name in files:
@@ -122,6 +129,14 @@ SPECS = {
     "jd-diag": lorazip.Spec("jd-diag", rank=5, clusters=2),
     "eigenlora": lorazip.Spec("eigenlora", rank=5),
     "mean": lorazip.Spec("mean"),
+    "svd in 3 bits": lorazip.Spec("svd", rank=3, bits=3, group=8),
+    "svd by error in 2 and 3 bits": lorazip.Spec("svd", max_error=0.3, bits=2.5),
+    "jd-full in 4 bits": lorazip.Spec("jd-full", rank=6, clusters=2, bits=4),
+    "jd-full by error in 4 bits": lorazip.Spec("jd-full", max_error=0.2, bits=4),
+    "jd-full with mixed bases": lorazip.Spec("jd-full", rank=12, bits=3, basis_bits=1.5),
+    "jd-diag in 6 bits": lorazip.Spec("jd-diag", rank=5, bits=6, core_bits=8),
+    "eigenlora with bases in 2 bits": lorazip.Spec("eigenlora", rank=5, basis_bits=2),
+    "mean in 1 bit": lorazip.Spec("mean", bits=1),
 }
 
 
@@ -155,8 +170,9 @@ def test_another_reader_gets_the_same_matrices(name: str, inputs: list[Path], tm
 
 def test_manifest_and_headers_are_small(tmp_path: Path) -> None:
     """At most 1.5 kB an adapter (issue: a header entry for each tensor would be 23 kB)."""
-    for spec in (lorazip.Spec(rank=2, clusters=2), lorazip.Spec("svd", max_error=0.05)):
-        path = lorazip.compress([ZOO], spec, tmp_path / spec.method).path
+    bits = lorazip.Spec("jd-full", rank=6, bits=2.5, max_error=0.3)
+    for spec in (lorazip.Spec(rank=2, clusters=2), lorazip.Spec("svd", max_error=0.05), bits):
+        path = lorazip.compress([ZOO], spec, tmp_path / f"{spec.method}{spec.bits}").path
         overhead = (path / "bundle.json").stat().st_size
         files = list(path.rglob("*.safetensors"))
         for file in files:
@@ -166,7 +182,7 @@ def test_manifest_and_headers_are_small(tmp_path: Path) -> None:
         assert overhead / 12 <= 1500
         for file in files:  # and they are ordinary safetensors files
             with safe_open(file, framework="np") as opened:
-                assert set(opened.keys()) <= {"F32", "F16", "BF16"}
+                assert set(opened.keys()) <= {"F32", "F16", "BF16", "U8"}
 
 
 # --- damage --------------------------------------------------------------------------------------------------------
@@ -291,6 +307,11 @@ LIMITS: dict[str, tuple[Callable[[Body], Any], str]] = {
         lambda b: b["layouts"][0].append(["left", 1, "int9"]),
         "codec 'int9' is not known",
     ),
+    "a codec of 5 bits": (form([0, ["full", "int5"], 1]), "codec 'int5' is not known"),
+    "a codec of no group": (form([0, ["full", "int4g0"], 1]), "codec 'int4g0' is not known"),
+    "a mixture of floats": (form([0, ["full", "int4*1+float16"], 1]), "codec 'int4*1+float16' is not known"),
+    "a codec of many names": (form([0, ["full", "int4*1+" * 20 + "int1"], 1]), "is not known"),
+    "a codec that is no text": (form([0, ["full", ["int4"]], 1]), "is not a text"),
     "unknown codec": (form([0, ["full", "int9"], 1]), "codec 'int9' is not known"),
     "unknown core": (form([0, ["sparse", "float16"], 1]), "core ['sparse', 'float16']"),
     "unknown side": (lambda b: b["layouts"][0].append(["top", 1, "float16"]), "side 'top'"),

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
-from lorazip import report, units
+from lorazip import quantized, report, units
 from lorazip.cli import render
 from lorazip.codecs import CODECS
 from lorazip.compress import job
 from lorazip.compress.methods import NAMES
 from lorazip.compress.spec import Spec
 from lorazip.errors import TargetError, UsageError
+
+BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 
 
 @click.command(epilog="Example: lorazip compress adapters/ -o team.lorazip --max-error 0.05")
@@ -34,6 +36,15 @@ from lorazip.errors import TargetError, UsageError
 @click.option(
     "--dtype", type=click.Choice(list(CODECS)), default="float16", show_default=True, help="Storage type."
 )
+@click.option(
+    "--bits", type=BITS, help="Store numbers in 1 to 8 bits; 2.5: half of the columns in 3, half in 2."
+)
+@click.option("--core-bits", type=click.Choice([str(b) for b in quantized.BITS]),
+              help="Other bits for the adapters' own cores on shared bases.")  # fmt: skip
+@click.option("--basis-bits", type=BITS, help="Other bits for the shared bases.")
+@click.option(
+    "--group", type=int, help="Numbers with one scale. Default: a column of a factor, a whole core."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--base", help="Base model of all adapters, where their configs disagree about its name.")
 @click.option("--skip-bad", is_flag=True, help="Leave adapters with defects out, and record them.")
@@ -54,6 +65,10 @@ def compress(
     clusters: int | None,
     weights: str,
     dtype: str,
+    bits: float | None,
+    core_bits: str | None,
+    basis_bits: float | None,
+    group: int | None,
     device: str,
     base: str | None,
     skip_bad: bool,
@@ -69,10 +84,16 @@ def compress(
     or NAME=PATH to choose a name. Without --rank, --energy and --max-error the paper's rule decides: up to 100
     adapters one basis of n/2 + 7 columns, above that 16 columns and as many clusters as needed. svd then keeps 90 % of
     the energy of every module, mean the largest rank of the adapters.
+
+    --bits stores numbers in fewer bits (docs/QUANTIZATION.md): 3 or 4 cost little error, since the rounding keeps each
+    D near, not its factors. Errors and --max-error are those of what is stored.
     """
     if output is None and not dry_run:
         raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")
-    spec = Spec(method, rank, energy, max_error, clusters, weights, dtype, device)  # type: ignore[arg-type]
+    spec = Spec(
+        method, rank, energy, max_error, clusters, weights, dtype, device,  # type: ignore[arg-type]
+        bits, None if core_bits is None else int(core_bits), basis_bits, group,
+    )  # fmt: skip
     if page is not None:
         _check_page(page, output, force)
     with render.progress() as progress:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lorazip.adapter import LowRank
-from lorazip.compress import cluster, frame, joint
+from lorazip.compress import cluster, frame, joint, quantize
 from lorazip.compress.encode import encode, prepare
 from lorazip.compress.methods import METHODS
 from lorazip.compress.spec import Spec
@@ -126,6 +126,32 @@ def test_what_is_encoded_on_a_gpu_is_what_is_encoded_without(
     assert set(places) == {CPU}  # what goes to disk has left the GPU
     assert code.forms == plain.forms and code.layout == plain.layout
     assert torch.allclose(errors(code, factors), errors(plain, factors), atol=1e-6)
+
+
+FEW_BITS: list[dict[str, Any]] = [
+    {"rank": 4, "bits": 3},
+    {"rank": 4, "bits": 2.5, "group": 8},
+    {"max_error": 0.2, "bits": 4},
+]
+
+
+@pytest.mark.parametrize("options", FEW_BITS, ids=str)
+@pytest.mark.parametrize("method", ["svd", *METHODS])
+def test_few_bits_on_a_gpu_are_those_without(
+    monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]
+) -> None:
+    options = {**options, **({} if method == "svd" else {"clusters": 1})}
+    monkeypatch.setattr(joint, "ROUNDS", 4)
+    monkeypatch.setattr(quantize, "ROUNDS", 1)
+    factors = small()
+    plain = encode("m", factors, Spec(method, **options, device="cpu"))
+    monkeypatch.setattr(Spec, "torch_device", lambda self: GPU)
+    with Pretended():
+        code = encode("m", factors, Spec(method, **options))
+        places = {place(t) for parts in (*code.shared, *code.own) for t in parts}
+    assert places <= {CPU}
+    assert code.forms == plain.forms and code.layout == plain.layout
+    assert torch.allclose(code.residuals, plain.residuals, rtol=1e-3)
 
 
 def test_factors_that_cancel_and_large_modules(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:

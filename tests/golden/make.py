@@ -1,8 +1,9 @@
-"""Made tests/golden/v1: bundles of format version 1 that every later lorazip must read. Never run again for v1.
+"""Made the bundles of format version 1 that every later lorazip must read. Never run again for a folder that is there.
 
     PYTHONPATH=tests .venv/bin/python -m golden.make tests/golden/v1
+    PYTHONPATH=tests .venv/bin/python -m golden.make tests/golden/v1-integers    # codecs of few bits, added later
 
-Two bundles are written by hand, with numbers that every codec holds exactly and every kind of term; the others are
+Three bundles are written by hand, with numbers that every codec holds exactly and every kind of term; the others are
 what `compress` made of small random adapters. Beside each NAME.lorazip lies NAME.npz: the dense matrices,
 "adapter/module" -> D, as the independent reader (reader.py) gave them on that day.
 """
@@ -25,11 +26,12 @@ from lorazip.codecs import DTYPES
 from lorazip.files import Entry, write_bytes, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.sources import fingerprint
-from lorazip.terms import Core, Form, Own, Shared, Term
+from lorazip.terms import Core, Form, Own, Shared, Side, Slot, Term, own_slots, shared_slots
 
 if TYPE_CHECKING:
     from tests.conftest import MakeAdapter
 
+SIDES: tuple[Side, Side] = ("left", "right")
 Streams = dict[str, list[float]]
 PREFIX = "base_model.model."
 BASE = "org/base"
@@ -135,6 +137,42 @@ def forms(path: Path) -> None:
     )
 
 
+INTEGERS = ("int1", "int2", "int3g2", "int4t", "int6", "int8g3", "int4*1+int1", "int8*2+int3g4*1+int2t")
+
+
+def integers(path: Path) -> None:
+    """Every number of bits, scope of a scale and mixture, for own factors, shared ones and cores, by hand."""
+    layout = tuple(Shared(side, 3, name) for name in INTEGERS for side in SIDES)
+    modules = (Module("x.q", 5, 7, layout), Module("x.v", 1, 3, ()))
+    cores: Form = tuple(
+        Term(2 * i, core, 2 * i + 1)
+        for i, name in enumerate(INTEGERS)
+        for core in (Core("full", name), Core("diagonal", name), Core("factored", name, 2))
+    )
+    own: Form = tuple(Term(Own(3, name), Core("scalar", value=0.5), Own(3, name)) for name in INTEGERS)
+    small: Form = (Term(Own(1, "int3"), Core("scalar"), Own(1, "int3")),)
+
+    def streams(slots: list[Slot]) -> Streams:
+        parts = [part for slot in slots for part in slot.parts()]
+        count = {d: sum(p.count for p in parts if p.dtype == d) for d in ("U8", "BF16")}
+        octets = [float((i * 37 + 11 * len(parts)) % 256) for i in range(count["U8"])]
+        return {"U8": octets, "BF16": [abs(x) for x in numbers(count["BF16"], len(parts))]}
+
+    by_hand(
+        path,
+        modules,
+        streams(shared_slots(layout, 5, 7)),
+        {
+            "cores": ((cores, None), streams(own_slots(cores, layout, 5, 7)), CONFIG),
+            "own": (
+                (own, small),
+                streams(own_slots(own, layout, 5, 7) + own_slots(small, (), 1, 3)),
+                {**CONFIG, "r": 2},
+            ),
+        },
+    )
+
+
 SHAPES = {"layers.0.k_proj": (4, 16), "layers.0.q_proj": (12, 16)}
 COMPRESSED = {
     "svd": lorazip.Spec("svd", energy=0.8),
@@ -144,6 +182,14 @@ COMPRESSED = {
     "eigenlora": lorazip.Spec("eigenlora", rank=5),
     "mean": lorazip.Spec("mean", rank=4),
     "bound": lorazip.Spec("jd-full", max_error=0.05),
+}
+
+FEW_BITS = {
+    "svd-3": lorazip.Spec("svd", rank=3, bits=3),
+    "svd-bound": lorazip.Spec("svd", max_error=0.1, bits=2.5, group=8),
+    "jd-4": lorazip.Spec("jd-full", rank=6, bits=4, clusters=2),
+    "jd-mixed": lorazip.Spec("jd-full", rank=9, bits=2.5, core_bits=8, dtype="bfloat16"),
+    "diag-cores": lorazip.Spec("jd-diag", rank=6, core_bits=6, dtype="float32"),
 }
 
 
@@ -165,15 +211,16 @@ def adapters(make: MakeAdapter) -> list[Path]:
     ]  # fmt: skip
 
 
-def main(target: Path) -> None:
+def main(target: Path, which: str) -> None:
     from conftest import MakeAdapter
 
     target.mkdir(parents=True)  # fails when it is there: old fixtures are never made again
-    example(target / "example.lorazip")
-    forms(target / "forms.lorazip")
+    by_hand, compressed = SETS[which]
+    for write in by_hand:
+        write(target / f"{write.__name__}.lorazip")
     with tempfile.TemporaryDirectory() as folder:
         paths = adapters(MakeAdapter(Path(folder)))
-        for name, spec in COMPRESSED.items():
+        for name, spec in compressed.items():
             lorazip.compress(paths, spec, target / f"{name}.lorazip")
     for path in sorted(target.glob("*.lorazip")):
         bundle = reader.Bundle(path)
@@ -182,5 +229,7 @@ def main(target: Path) -> None:
         np.savez_compressed(path.with_suffix(".npz"), **single)
 
 
+SETS = {"v1": ([example, forms], COMPRESSED), "v1-integers": ([integers], FEW_BITS)}
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[1]).name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-STREAMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its bits, for now
+STREAMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}  # numpy has no bfloat16: its bits, for now
 CODECS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+INTEGERS = re.compile("int([123468])(t|g[0-9]+)?")
 FIRST_LINE = 78
 
 
@@ -56,10 +58,40 @@ class Cursor:
     at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
 
     def take(self, codec: str, *shape: int) -> Array:
-        dtype, count = CODECS[codec], int(np.prod(shape))
+        """One tensor, float64."""
+        if codec in CODECS:
+            return self.run(CODECS[codec], int(np.prod(shape))).astype(np.float64).reshape(shape)
+        head, _, rest = codec.partition("+")
+        if rest and len(shape) == 2:  # the first rows by one codec, the others by another
+            name, _, count = head.partition("*")
+            rows = min(int(count), shape[0])
+            first = self.take(name, rows, shape[1])
+            return np.concatenate([first, self.take(rest, shape[0] - rows, shape[1])])
+        return self.integers(head.partition("*")[0], *shape)
+
+    def integers(self, codec: str, *shape: int) -> Array:
+        """Odd numbers of few bits times the scale of their group."""
+        found = INTEGERS.fullmatch(codec)
+        if found is None:
+            raise FormatError(f"codec {codec!r} is not known")
+        bits, scope = int(found[1]), found[2] or ""
+        count = int(np.prod(shape))
+        rows, width = (1, count) if scope == "t" or len(shape) == 1 else shape
+        group = int(scope[1:]) if scope[:1] == "g" else width
+        octets = self.run("U8", (count * bits + 7) // 8).astype(np.uint8)
+        digits = np.unpackbits(octets, bitorder="little")[: count * bits].reshape(count, bits)
+        codes = (digits.astype(np.int64) << np.arange(bits)).sum(1).reshape(rows, width)
+        each = (width + group - 1) // group if width else 0  # groups of a row
+        scales = self.run("BF16", rows * each).astype(np.float64).reshape(rows, each)
+        odd = 2 * codes - (2**bits - 1)
+        values: Array = odd * np.repeat(scales, group, axis=1)[:, :width]
+        return values.reshape(shape)
+
+    def run(self, dtype: str, count: int) -> Array:
+        """The next elements of one stream."""
         begin = self.at[dtype]
         self.at[dtype] = begin + count
-        return self.file.stream(dtype)[begin : begin + count].astype(np.float64).reshape(shape)
+        return self.file.stream(dtype)[begin : begin + count]
 
     def finish(self) -> None:
         """Every stream must have been used to its end."""
