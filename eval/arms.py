@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lorazip.adapter import Adapter
 from lorazip.bundle import Bundle
-from lorazip.errors import Defect, InputError, UsageError, printable
+from lorazip.errors import CheckError, Defect, InputError, UsageError, printable
 from lorazip.eval.backend import HasFactors
 from lorazip.eval.results import BASE, ORIGINAL, LeftOut
 from lorazip.sources import open_adapters
+
+_SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")  # a bundle has them as they were
 
 Role = Literal["own", "drift"]
 _OF_BASE = re.compile(rf"{BASE}(-[0-9]+-shot)?")  # what the base's own arms are called, see `judge.few`
@@ -36,6 +40,7 @@ class Team:
     adapters: Mapping[str, HasFactors]
     nbytes: int
     original_bytes: int
+    bundle: Bundle | None = None
 
     def directory(self, adapter: str) -> Path | None:
         """Its PEFT directory, if it is one."""
@@ -79,9 +84,53 @@ def bundles(paths: Sequence[Path]) -> list[Team]:
         if name in {ORIGINAL, *(team.name for team in teams)} or _OF_BASE.fullmatch(name):
             raise UsageError(f"two arms would be called {printable(name)} (rename the bundle)")
         teams.append(
-            Team(name, "bundle", str(path), {a.name: a for a in bundle}, bundle.nbytes, bundle.original_bytes)
+            Team(
+                name,
+                "bundle",
+                str(path),
+                {a.name: a for a in bundle},
+                bundle.nbytes,
+                bundle.original_bytes,
+                bundle,
+            )
         )
     return teams
+
+
+def require_the_same(teams: Sequence[Team], adapters: Sequence[str]) -> None:
+    """A bundle's adapters are those originals, compressed: each has the error that the bundle recorded.
+
+    An adapter that was compressed under another's name acts as its factors say, and would only score badly.
+
+    Raises:
+        CheckError: naming every adapter that is another than the original of its name.
+    """
+    from lorazip.compress.check import agree, compare
+
+    given = next((team for team in teams if team.kind == "original"), None)
+    if given is None:
+        return
+    known = [a for name in adapters if isinstance(a := given.adapters[name], Adapter)]
+    wrong = []
+    for team in teams:
+        if team.bundle is None:
+            continue
+        for original, one in zip(known, compare(team.bundle, known, torch.device("cpu")), strict=True):
+            stored = team.adapters[one.name].config
+            odd = [key for key in _SCALE if original.config.get(key) != stored.get(key)]
+            if odd:
+                wrong.append(f"{team.name}/{one.name}: {', '.join(odd)} differ from those of the original")
+            elif (
+                one.measured is not None
+                and one.recorded is not None
+                and not agree(one.measured, one.recorded)
+            ):
+                figures = (
+                    f"error against the original is {one.measured:.4g}, the bundle says {one.recorded:.4g}"
+                )
+                wrong.append(f"{team.name}/{one.name}: its {figures}")
+    if wrong:
+        raise CheckError("\n".join(f"{each}: it was made from another adapter" for each in wrong))
 
 
 def read_pairs(path: Path) -> list[Pair]:

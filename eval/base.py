@@ -62,11 +62,20 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 def context_length(base: Path) -> int:
     """Tokens that the model takes. Raises InputError."""
+    return _number(base, "max_position_embeddings", 2048)
+
+
+def vocabulary(base: Path) -> int:
+    """Different tokens that the model knows. Raises InputError."""
+    return _number(base, "vocab_size", 2**31)
+
+
+def _number(base: Path, name: str, default: int) -> int:
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
+        return int(getattr(config.get_text_config(), name, None) or default)
     except Exception as error:  # what a broken config makes the library raise is not listed anywhere
         problem = f"its config.json cannot be used: {error}"
         raise InputError([Defect(str(base), problem=problem, remedy="save it again")]) from error

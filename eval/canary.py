@@ -94,15 +94,17 @@ def judge(
     problem = ""
     if not math.isfinite(effect + noise):
         problem = "log-probabilities of the prompt are not finite numbers: nothing can be proven"
+    elif effect == 0:
+        problem = "it does nothing: are its factors zero? (leave it out: --pairs)"
     elif dtype == torch.float32 and noise > FOREIGN:
         problem = f"the bare base is {noise:.2g} off in log-probability: the backend computes another model"
-    elif 0 < effect <= 2 * tolerance:
+    elif effect <= 2 * tolerance:
         problem = (
             f"its effect on the prompt, {effect:.2g} in log-probability, drowns in the arithmetic's noise, {noise:.2g}:"
             " nothing can be proven (use --dtype float32)"
         )
     elif not deviation <= tolerance:
-        if effect and _largest(found, found_base) <= tolerance:
+        if _largest(found, found_base) <= tolerance:
             problem = "it does nothing: the base answers"
         else:
             problem = (

@@ -170,7 +170,7 @@ def measures(results: Results) -> list[Measure]:
         ),
         Measure(
             "Smaller by",
-            "The original’s bytes over its own, for the same adapters.",
+            "Bytes before compression over its own, of all adapters in it, evaluated or not.",
             tuple(Cell(NONE if arm.ratio is None else times(arm.ratio)) for arm, _ in arms),
         ),
     ]

@@ -108,6 +108,14 @@ def evaluate(
     for name in dict.fromkeys(pair.task for pair in ours):
         task = tasks.read(_single(found[name]), split=spec.split, limit=spec.limit, columns=spec.columns)
         asked[name] = plan.prepare(task, prompter, spec, context, left)
+    used = max((max(q.prompt) for one in asked.values() for q in one.questions), default=0)
+    if used >= bases.vocabulary(directory):
+        problem, remedy = (
+            "has fewer tokens than its tokenizer uses",
+            "the tokenizer is another model's: check --base",
+        )
+        raise InputError([Defect(base, problem=problem, remedy=remedy)])
+    arms.require_the_same(teams, sorted({pair.adapter for pair in matched}))
     store = Cache(cache or default_directory())
     try:
         with (

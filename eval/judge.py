@@ -142,7 +142,7 @@ class _Table:
             compare.macro(rows, bounded),
             compare.macro(losses, bounded=False) if len(losses) == len(own) else None,
             kept,
-            len(chosen),
+            len({own[i].adapter for i in chosen}),
             lift,
             difference,
             fixes,

@@ -44,7 +44,7 @@ class Arm:
         path: where its adapters lie, as given; None for the base.
         nbytes: all bytes of it on disk; 0 for the base.
         adapters: how many adapters of it were evaluated.
-        ratio: the original arm's bytes over its own, for the same adapters; None without originals.
+        ratio: bytes before compression over its own, of all adapters in it, evaluated or not; None for the base.
     """
 
     name: str

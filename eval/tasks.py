@@ -185,7 +185,7 @@ def read(found: Found, *, split: str, limit: int | None, columns: Mapping[str, s
         examples, shots = by_split[None], []
     else:
         examples, shots = by_split.get(split, []), by_split["train"] if split != "train" else []
-        if not examples:
+        if not examples and any(by_split.values()):
             there = ", ".join(sorted(str(s) for s in by_split if by_split[s])) or "none"
             raise defect(
                 found.source, f"has no examples of the split {split!r}", f"there are: {there}; --split"
@@ -226,6 +226,8 @@ def _example(
         texts[name] = str(values[name])
     lists = {name: _texts(where, name, values[name]) for name in ("references", "choices")}
     choices = lists["choices"] or tuple(labels)
+    if choices and len(set(choices)) < 2:
+        raise defect(where, "has fewer than two different choices", "correct the task")
     if choices and texts["output"] not in choices:
         raise defect(where, f"its output {texts['output']!r} is not among its choices", "correct the task")
     split = values["split"]

@@ -256,10 +256,12 @@ def _show(results: Results, output: Path) -> None:
 
 def _show_gate(gate: Gate) -> None:
     for check in gate.checks:
-        needed = f"; about {check.examples_needed} examples would decide" if check.examples_needed else ""
-        click.echo(
-            f"gate: {check.arm}: {check.rule} {check.threshold}: {_interval(check.value)} -> {check.verdict}{needed}"
+        needed = (
+            f"; about {check.examples_needed} examples in all would decide" if check.examples_needed else ""
         )
+        most = f"{100 * check.threshold:g}"
+        rule = f"keep at least {most} %" if check.rule == "min-retention" else f"lose at most {most} points"
+        click.echo(f"gate: {check.arm}: {rule}: {_interval(check.value)} -> {check.verdict}{needed}")
     click.echo(f"gate: {gate.verdict}")
 
 

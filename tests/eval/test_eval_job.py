@@ -345,7 +345,7 @@ def test_gate_passes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     out = capsys.readouterr().out
     assert code == 0
-    assert "gate: whole: min-retention 0.9: 100.0" in out and out.count("-> pass") == 2
+    assert "gate: whole: keep at least 90 %: 100.0" in out and out.count("-> pass") == 2
     assert "gate: pass\n" in out and "8 canaries" in out
     assert tiny.json_of(tmp_path / "out" / "results.json")["gate"]["verdict"] == "pass"
 
@@ -356,7 +356,7 @@ def test_gate_fails_if_one_bundle_does(
     code = command(world, "-o", tmp_path / "out", "--min-retention", "0.9")
     out = capsys.readouterr().out
     assert code == 1
-    assert re.search(r"gate: poor: min-retention 0.9: .* -> fail\n", out) and "gate: fail\n" in out
+    assert re.search(r"gate: poor: keep at least 90 %: .* -> fail\n", out) and "gate: fail\n" in out
     assert tiny.json_of(tmp_path / "out" / "results.json")["gate"]["verdict"] == "fail"
 
 
@@ -367,7 +367,7 @@ def test_gate_says_how_many_examples_it_needs(
     code = command(world, "-o", tmp_path / "out", *options, bundles=["whole"])
     out = capsys.readouterr().out
     assert code == 3
-    needed = re.search(r"-> undecided; about (\d+) examples would decide\n", out)
+    needed = re.search(r"-> undecided; about (\d+) examples in all would decide\n", out)
     assert needed is not None and "gate: undecided\n" in out
     (check,) = tiny.json_of(tmp_path / "out" / "results.json")["gate"]["checks"]
     assert check["examples_needed"] == int(needed[1]) > check["value"]["n"] == 12
@@ -386,6 +386,23 @@ def test_a_gate_with_nothing_to_compare_is_refused(
     assert command(world, "-o", tmp_path / "out", "--min-retention", "0.9", bundles=[]) == 2
     assert "error: the gate has nothing to compare" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_of_other_adapters_under_these_names_is_found(world: Path, tmp_path: Path) -> None:
+    """All checksums are right, and every adapter acts as its factors say: they are the wrong ones."""
+    one, two = NAMES[:2]
+    swapped = [f"{one}={world / 'zoo' / two}", f"{two}={world / 'zoo' / one}"]
+    lorazip.compress([*swapped], lorazip.Spec("svd", rank=2), tmp_path / "swapped")
+    with pytest.raises(CheckError, match=f"swapped/{one}: .*made from another adapter"):
+        evaluate(world, bundles=[tmp_path / "swapped"])
+
+
+def test_a_tokenizer_of_another_model_is_found(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = tiny.json_of(tmp_path / "base" / "config.json")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+    with pytest.raises(InputError, match="has fewer tokens than its tokenizer uses"):
+        evaluate(world, base=tmp_path / "base")
 
 
 def test_json_is_the_file(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

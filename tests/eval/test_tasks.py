@@ -309,6 +309,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ({**LINE, "references": [True]}, "its references are not a list of texts"),
         ({**LINE, "choices": {"A": "2"}}, "its choices are not a list of texts"),
         ({**LINE, "choices": ["1", "3"]}, "its output '2' is not among its choices"),
+        ({**LINE, "choices": ["2", "2"]}, "has fewer than two different choices"),
         ({**LINE, "split": 1}, "its split 1 is no text"),
         ({**LINE, "split": ["test"]}, "its split ['test'] is no text"),
     ],
@@ -449,12 +450,12 @@ def test_a_parquet_file(tmp_path: Path) -> None:
         "input": ["a", "b"],
         "output": [1, 2],
         "references": [["x"], None],
-        "choices": [["1", "3"], ["2"]],
+        "choices": [["1", "3"], ["2", "3"]],
     }
     Dataset.from_dict(rows).to_parquet(path)
     assert read(path).examples == (
         Example("a", "1", ("1", "x"), ("1", "3")),
-        Example("b", "2", ("2",), ("2",)),
+        Example("b", "2", ("2",), ("2", "3")),
     )
     Dataset.from_dict({"input": ["a"], "output": [float("nan")]}).to_parquet(path)
     assert f"{path}: line 1: has no text 'output'" in refused(path)
