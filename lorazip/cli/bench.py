@@ -15,6 +15,9 @@ from lorazip.eval import serve as serving
 from lorazip.eval.serve_mix import Mix
 from lorazip.eval.serve_records import Row, Settings
 
+HELP = {
+    "help_option_names": ["-h", "--help"]
+}  # also where it is not called through the group of all commands
 NOISE = 0.05  # share of the processors that others may take before the figures are called noisy
 
 _UNITS = {"": 1} | {f"{u}B": 1000**i for i, u in enumerate("kMGT", 1)}
@@ -37,13 +40,17 @@ class Size(click.ParamType[int]):
         return int(float(found[1]) * names[found[2].lower()])
 
 
-@click.group(epilog="Example: lorazip bench serve --base model/ --adapters adapters/ -o serving/ --json")
+@click.group(
+    context_settings=HELP,
+    epilog="Example: lorazip bench serve --base model/ --adapters adapters/ -o serving/ --json",
+)
 def bench() -> None:
     """Measure adapters in use. `lorazip bench COMMAND --help` tells more."""
 
 
 @bench.command(
-    epilog="Example: lorazip bench serve --base model/ --adapters adapters/ --bundle team.lorazip -o serving/"
+    context_settings=HELP,
+    epilog="Example: lorazip bench serve --base model/ --adapters adapters/ --bundle team.lorazip -o serving/",
 )
 @click.option("--base", required=True, metavar="MODEL", help="Directory or Hub id of the base model.")
 @click.option("--adapters", multiple=True, metavar="PATH",
