@@ -18,6 +18,7 @@ from lorazip.compress.allocate import Module
 from lorazip.compress.assemble import adapter_errors, skipped
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.lowrank import norms2
+from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
 from lorazip.errors import TargetError
@@ -85,7 +86,7 @@ def _measured(
             own=(),
             residuals=encode.residuals2(loaded, again).cpu(),
             energies=norms2(loaded).cpu(),
-            fallbacks=tuple(spec.method != "svd" and len(f) > 0 and not shared_indices(f) for f in forms),
+            fallbacks=tuple(spec.method in METHODS and len(f) > 0 and not shared_indices(f) for f in forms),
             spectrum=_mean_spectrum(ready),
         )
         done.append(shards.describe(code, module.out, module.in_))

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lorazip.adapter import LowRank
 from lorazip.bundle import Bundle
-from lorazip.compress import cluster, encode, finished, partial, shards
+from lorazip.compress import auto, cluster, encode, finished, partial, planning, shards
 from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble, module_errors
+from lorazip.compress.auto import Curve
+from lorazip.compress.encode import ModuleCode
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
 from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
+from lorazip.terms import described
 
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
+Known = dict[tuple[int, auto.Plan], Shard]
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Outcome:
         fallbacks: (n, m) bool, own factors although the method shares.
         spectra: per module (r_max,) mean share of energy of each singular value.
         modules: their names, the columns above.
+        storage: how many modules of adapters are stored in which way, the most frequent first.
         bundle_bytes: every byte of the bundle, whether written or not.
         seconds: wall time of the whole run.
         peak_memory: bytes of anonymous memory.
@@ -52,6 +61,7 @@ class Outcome:
     fallbacks: Tensor
     spectra: tuple[Tensor, ...]
     modules: tuple[str, ...]
+    storage: dict[str, int]
     bundle_bytes: int
     seconds: float
     peak_memory: int
@@ -72,6 +82,7 @@ class Outcome:
             "mean_error": float(self.adapter_errors.mean()),
             "max_error": float(self.adapter_errors.max()),
             "fallbacks": int(self.fallbacks.sum()),
+            "storage": self.storage,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "skipped": [str(defect) for defect in self.inputs.skipped],
@@ -157,6 +168,8 @@ def resolve(inputs: Inputs, spec: Spec) -> Spec:
     relative error below 0.6 on a middle module.
     """
     n = len(inputs.adapters)
+    if spec.method == "auto":
+        return spec
     if spec.rank is None and spec.energy is None and spec.max_error is None:
         if spec.method == "svd":
             return replace(spec, energy=SVD_ENERGY)
@@ -177,7 +190,51 @@ def resolve(inputs: Inputs, spec: Spec) -> Spec:
 
 
 def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
-    """Every module in order, several at a time; from its shard where that is there.
+    """Every module in order; from its shard where that is there."""
+    if spec.method == "auto":
+        return _encode_planned(inputs, spec, folder, progress)
+
+    def one(index: int, name: str) -> Shard:
+        path = folder and folder / f"{index:05d}.safetensors"
+        return _encode_one(inputs, name, path, lambda factors: encode.encode(name, factors, spec))
+
+    return _each(inputs, spec, one, "compressing", progress)
+
+
+def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
+    """Choose for all modules, encode them, and choose again where a bound is missed."""
+    step = max(1, len(inputs.modules) // planning.SAMPLED)
+
+    def curve(index: int, name: str) -> tuple[Curve, auto.Samples]:
+        return planning.survey(inputs, spec, name, index % step == 0)
+
+    choice = planning.choose(inputs, spec, _each(inputs, spec, curve, "choosing", progress))
+    done: dict[tuple[int, auto.Plan], Shard] = {}
+    while True:
+        plans = choice.plans
+        known = done
+
+        def one(index: int, name: str, plans: list[auto.Plan] = plans, known: Known = known) -> Shard:
+            plan = plans[index]
+            if (index, plan) in known:
+                return known[index, plan]
+            path = folder and folder / f"{index:05d}-{auto.digest(plan)}.safetensors"
+            return _encode_one(
+                inputs, name, path, lambda factors: auto.encode_planned(name, factors, spec, plan)
+            )
+
+        encoded = _each(inputs, spec, one, "compressing", progress)
+        done = {(index, plan): encoded[index] for index, plan in enumerate(plans)}
+        again = planning.repaired(inputs, spec, choice, encoded)
+        if again is None:
+            return encoded
+        choice = again
+
+
+def _each(
+    inputs: Inputs, spec: Spec, work: Callable[[int, str], Done], what: str, progress: Progress
+) -> list[Done]:
+    """Something for every module, in order, several at a time.
 
     Modules are independent, and most of their steps are too small to keep several cores busy: two modules side by side
     on one core each are faster than one after the other on both. A GPU gets one at a time.
@@ -188,28 +245,26 @@ def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progr
         workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
     )
     try:
-        futures = [
-            pool.submit(
-                _encode_one, inputs, spec, name, shape, folder and folder / f"{index:05d}.safetensors"
-            )
-            for index, (name, shape) in enumerate(inputs.modules.items())
-        ]
-        encoded = []
+        futures = [pool.submit(work, index, name) for index, name in enumerate(inputs.modules)]
+        done = []
         for future in futures:
-            encoded.append(future.result())
-            progress("compressing", len(encoded), len(futures))
-        return encoded
+            done.append(future.result())
+            progress(what, len(done), len(futures))
+        return done
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_one(inputs: Inputs, spec: Spec, name: str, shape: tuple[int, int], path: Path | None) -> Shard:
+def _encode_one(
+    inputs: Inputs, name: str, path: Path | None, encoder: Callable[[Sequence[LowRank]], ModuleCode]
+) -> Shard:
     """One module: its shard, made and written (path None: only described) where it is not there yet."""
+    shape = inputs.modules[name]
     found = None if path is None else shards.read(path, *shape)
     if found is not None:
         return found
     factors = [adapter.low_rank(name) for adapter in inputs.adapters if name in adapter.modules]
-    code = encode.encode(name, factors, spec)
+    code = encoder(factors)
     if path is None:
         return shards.describe(code, *shape)
     shards.write(path, code)
@@ -258,6 +313,7 @@ def _outcome(
         fallbacks,
         tuple(code.spectrum for code in encoded),
         tuple(inputs.modules),
+        dict(Counter(described(form) for code in encoded for form in code.forms).most_common()),
         size,
         seconds,
         peak,

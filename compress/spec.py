@@ -14,7 +14,8 @@ from lorazip.devices import find_device
 from lorazip.errors import UsageError
 
 Weights = Literal["unit", "trained"]
-BITS = ("bits", "core_bits", "basis_bits", "group")
+JOINING_BITS = 4  # of adapters that join a bundle of auto
+LATER = ("bits", "core_bits", "basis_bits", "group", "ratio", "budget")  # options that came after version 0.1
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Spec:
     """Options of `lorazip compress`, as in its --help.
 
     Attributes:
-        method: one of svd, jd-full, jd-diag, eigenlora, mean.
+        method: one of svd, jd-full, jd-diag, eigenlora, mean, auto.
         rank: columns of the shared bases (svd: of each adapter); None to let the other options decide.
         energy: least share of ||D||^2 to keep, 0 < energy <= 1 (eigenlora: of held-out adapters).
         max_error: bound on every adapter's err_i; what the method cannot hold is stored as the adapter's own factors.
@@ -34,6 +35,8 @@ class Spec:
         core_bits, basis_bits: other bits for cores (1, 2, 3, 4, 6 or 8) and shared bases.
         group: numbers that have a scale in common; None for a column of a factor, or a whole core.
         device: "auto", "cpu" or "cuda" (or "cuda:1").
+        ratio: auto: bytes of the originals over those of the bundle, at least.
+        budget: auto: bytes of the bundle, at most.
     """
 
     method: str = "jd-full"
@@ -48,13 +51,20 @@ class Spec:
     core_bits: int | None = None
     basis_bits: float | None = None
     group: int | None = None
+    ratio: float | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
-        counts = ("rank", self.rank), ("clusters", self.clusters), ("core-bits", self.core_bits)
+        counts = (
+            ("rank", self.rank),
+            ("clusters", self.clusters),
+            ("core-bits", self.core_bits),
+            ("budget", self.budget),
+        )
         for name, value in (*counts, ("group", self.group)):
             if value is not None and type(value) is not int:
                 raise UsageError(f"{name} must be a whole number, not {value!r}")
-        numbers = ("energy", self.energy), ("max-error", self.max_error)
+        numbers = ("energy", self.energy), ("max-error", self.max_error), ("ratio", self.ratio)
         for name, number in (*numbers, ("bits", self.bits), ("basis-bits", self.basis_bits)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
                 raise UsageError(f"{name} must be a number, not {number!r}")
@@ -77,6 +87,7 @@ class Spec:
         if self.dtype not in CODECS:
             raise UsageError(f"dtype must be one of {', '.join(CODECS)}, not {self.dtype!r}")
         self._check_bits()
+        self._check_auto()
         self.torch_device()
 
     def _check_bits(self) -> None:
@@ -94,6 +105,22 @@ class Spec:
             if (self.bits, self.core_bits, self.basis_bits) == (None, None, None):
                 raise UsageError("group is the number of numbers with one scale: give it with bits")
 
+    def _check_auto(self) -> None:
+        aims = {"max-error": self.max_error, "ratio": self.ratio, "budget": self.budget}
+        if self.method != "auto":
+            if (self.ratio, self.budget) != (None, None):
+                raise UsageError("ratio and budget are for --method auto")
+            return
+        if sum(aim is not None for aim in aims.values()) != 1:
+            raise UsageError("auto needs one of --max-error, --ratio and --budget")
+        for name in ("rank", "energy", "clusters", "bits", "core_bits", "basis_bits"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"auto decides {name.replace('_', '-')} by itself (leave it out)")
+        if self.ratio is not None and not 0 < self.ratio < float("inf"):
+            raise UsageError(f"ratio must be above 0, not {self.ratio}")
+        if self.budget is not None and self.budget < 1:
+            raise UsageError(f"budget must be at least 1 byte, not {self.budget}")
+
     def alone(self) -> Spec:
         """What an adapter that the method cannot hold within the bound is stored by: its own factors."""
         return Spec(
@@ -101,7 +128,7 @@ class Spec:
             max_error=self.max_error,
             dtype=self.dtype,
             device=self.device,
-            bits=self.bits,
+            bits=JOINING_BITS if self.method == "auto" else self.bits,
             group=self.group if self.bits is not None else None,
         )
 
@@ -134,7 +161,7 @@ class Spec:
     def recorded(self) -> dict[str, object]:
         """What a bundle records: everything that its bytes depend on, not the device.
 
-        What concerns bits is left out where it is not used: a lorazip that knows no bits can then add to such bundles.
+        What came later is left out where it is not used: an older lorazip can then add to such bundles.
         """
-        used = {k: v for k, v in asdict(self).items() if v is not None or k not in BITS}
+        used = {k: v for k, v in asdict(self).items() if v is not None or k not in LATER}
         return {key: value for key, value in used.items() if key != "device"}

@@ -122,6 +122,18 @@ def rank(form: Form, layout: Layout) -> int:
     )
 
 
+def described(form: Form) -> str:
+    """A few words for how an adapter stores a module: "rank 2 int3", "core full int4", "nothing"."""
+    words = []
+    for term in form:
+        if isinstance(term.left, Own) and isinstance(term.right, Own):
+            codecs = dict.fromkeys((term.left.codec, term.right.codec))
+            words.append(f"rank {min(term.left.columns, term.right.columns)} {'/'.join(codecs)}")
+        else:
+            words.append(f"core {term.core.kind} {term.core.codec}".strip())
+    return " + ".join(words) or "nothing"
+
+
 def shared_indices(form: Form) -> list[int]:
     """The module's shared tensors that a form refers to, sorted."""
     return sorted({side for term in form for side in (term.left, term.right) if isinstance(side, int)})

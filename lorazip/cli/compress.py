@@ -45,6 +45,8 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 @click.option(
     "--group", type=int, help="Numbers with one scale. Default: a column of a factor, a whole core."
 )
+@click.option("--ratio", type=float, help="auto: how many times smaller the bundle is to be, at least.")
+@click.option("--budget", type=int, help="auto: bytes of the bundle, at most.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--base", help="Base model of all adapters, where their configs disagree about its name.")
 @click.option("--skip-bad", is_flag=True, help="Leave adapters with defects out, and record them.")
@@ -69,6 +71,8 @@ def compress(
     core_bits: str | None,
     basis_bits: float | None,
     group: int | None,
+    ratio: float | None,
+    budget: int | None,
     device: str,
     base: str | None,
     skip_bad: bool,
@@ -87,12 +91,16 @@ def compress(
 
     --bits stores numbers in fewer bits (docs/QUANTIZATION.md): 3 or 4 cost little error, since the rounding keeps each
     D near, not its factors. Errors and --max-error are those of what is stored.
+
+    --method auto takes one of --max-error, --ratio and --budget and chooses rank and bits for every module of every
+    adapter: the least bytes at that error, or the least mean error in those bytes. Its --max-error bounds an adapter's
+    error over all its modules; the other methods hold it in every single module.
     """
     if output is None and not dry_run:
         raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")
     spec = Spec(
         method, rank, energy, max_error, clusters, weights, dtype, device,  # type: ignore[arg-type]
-        bits, None if core_bits is None else int(core_bits), basis_bits, group,
+        bits, None if core_bits is None else int(core_bits), basis_bits, group, ratio, budget,
     )  # fmt: skip
     if page is not None:
         _check_page(page, output, force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -10,6 +11,9 @@ from lorazip import units
 from lorazip.bundle import Bundle
 from lorazip.cli import render
 from lorazip.errors import printable
+from lorazip.terms import described
+
+STORAGES = 12  # kinds that are named
 
 
 @click.command(epilog="Example: lorazip info team.lorazip")
@@ -19,6 +23,8 @@ def info(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds: its adapters, their errors and bytes."""
     opened = Bundle.open(bundle)
     manifest = opened.manifest
+    forms = [form for a in manifest.adapters for form in a.forms if form is not None]
+    storage = dict(Counter(map(described, forms)).most_common())
     figures = {
         "base": manifest.base,
         "revision": manifest.revision,
@@ -30,6 +36,7 @@ def info(bundle: Path, as_json: bool) -> None:
         "bundle_bytes": opened.nbytes,
         "ratio": opened.original_bytes / opened.nbytes,
         "shared_bytes": sum(f.nbytes for n, f in manifest.files.items() if n.endswith(".safetensors")),
+        "storage": storage,
         "skipped": list(manifest.skipped),
     }
     rows = [
@@ -55,6 +62,10 @@ def info(bundle: Path, as_json: bool) -> None:
         f"{units.size(opened.original_bytes)} -> {units.size(opened.nbytes)} "
         f"({figures['ratio']:.2f}x), of it shared {units.size(int(str(figures['shared_bytes'])))}"
     )
+    shown = list(storage.items())[:STORAGES]
+    rest = sum(storage.values()) - sum(count for _, count in shown)
+    parts = [f"{printable(what)} {count}" for what, count in shown] + ([f"others {rest}"] if rest else [])
+    click.echo(f"modules of adapters stored as: {', '.join(parts)}")
     for line in manifest.skipped:
         click.echo(f"skipped when it was made: {printable(line)}")
     table = [
