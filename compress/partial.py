@@ -143,10 +143,8 @@ def working(output: Path, job: str, resume: bool, force: bool) -> Iterator[Path]
 
 def _owner(partial: Path) -> str | None:
     """The job that the folder belongs to, or None when it is empty."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((partial / NOTE).read_text())["job"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     if any(path.name != f".{NOTE}.tmp" for path in partial.iterdir()):
         raise TargetError(f"{partial} is in the way and not an unfinished run of lorazip (move it elsewhere)")
     return None

@@ -29,6 +29,7 @@ from lorazip.eval import job
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Greedy, Written
 from lorazip.eval.base import load_tokenizer
+from lorazip.eval.breaks import BREAKS
 from lorazip.eval.results import Results
 from lorazip.eval.session import Engine
 from lorazip.eval.spec import EvalSpec
@@ -137,7 +138,7 @@ def test_scores_are_those_that_the_tasks_were_made_for(world: Path, tmp_path: Pa
 
 def test_breaks_show_what_was_written(world: Path) -> None:
     found = evaluate(world)
-    assert len(found.breaks) == job.BREAKS and {one.arm for one in found.breaks} == {"poor"}
+    assert len(found.breaks) == BREAKS and {one.arm for one in found.breaks} == {"poor"}
     for one in found.breaks:
         assert one.original == one.expected != one.found
         assert one.prompt.endswith("=")
@@ -403,6 +404,13 @@ def test_a_tokenizer_of_another_model_is_found(world: Path, tmp_path: Path) -> N
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
     with pytest.raises(InputError, match="has fewer tokens than its tokenizer uses"):
         evaluate(world, base=tmp_path / "base")
+
+
+def test_a_path_that_is_no_text_can_be_recorded(world: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "t\udcff"
+    shutil.copytree(world / "tasks", odd)
+    evaluate(world, tasks=[str(odd)], output=tmp_path / "out")
+    assert tiny.json_of(tmp_path / "out" / "results.json")["settings"]["tasks"] == [str(odd)]
 
 
 def test_json_is_the_file(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
