@@ -159,6 +159,11 @@ def measures(results: Results) -> list[Measure]:
             lambda _, s: _interval(s.drift, signed),
         ),
         row(
+            "Agreement",
+            "Examples with just the original’s own answer, right or wrong. “–” where it was not asked.",
+            lambda _, s: _interval(s.agreement, percent),
+        ),
+        row(
             "Loss",
             "Mean loss of a token of the expected answer; lower is better. “–” where it was not measured.",
             lambda _, s: _interval(s.loss, plain),

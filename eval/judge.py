@@ -10,7 +10,7 @@ from lorazip.eval import arms, compare
 from lorazip.eval import gate as gates
 from lorazip.eval.arms import Pair, Team
 from lorazip.eval.results import BASE, ORIGINAL, Comparison, Gate, Interval, Row, Summary
-from lorazip.eval.spec import EvalSpec
+from lorazip.eval.spec import AGREEMENT, EvalSpec
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class _Table:
 
     def __init__(self, cells: Sequence[Cell]):
         self._primary = {(c.arm, c.task, c.adapter): c for c in cells if c.primary}
+        self._agreed = {(c.arm, c.task, c.adapter): c for c in cells if c.metric == AGREEMENT}
         self._loss = {(c.arm, c.task, c.adapter): c for c in cells if c.metric == "loss"}
         self._bare = list(dict.fromkeys(c.arm for c in cells if c.adapter is None))
 
@@ -137,6 +138,7 @@ class _Table:
                     all(cell.bounded for cell in cells),
                 )
         mine = [c for c in compared if c.role == "own"]
+        agreed = [one.scores for p in own if (one := self._agreed.get((arm, p.task, p.adapter))) is not None]
         return Summary(
             arm,
             compare.macro(rows, bounded),
@@ -150,4 +152,5 @@ class _Table:
             p_value,
             min(mine, key=lambda c: c.difference.estimate) if mine else None,
             drift,
+            compare.macro(agreed) if agreed else None,
         )

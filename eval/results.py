@@ -118,6 +118,7 @@ class Summary:
         fixes_per_100, breaks_per_100, p_value: over the pooled examples.
         worst: the comparison with the lowest difference.
         drift: arm - original on the tasks of role `drift`, mean over them; None where there are none.
+        agreement: how often the arm gives the original's own answer, mean over tasks; None where it was not asked.
     """
 
     arm: str
@@ -132,6 +133,7 @@ class Summary:
     p_value: float | None
     worst: Comparison | None
     drift: Interval | None
+    agreement: Interval | None = None
 
 
 @dataclass(frozen=True)

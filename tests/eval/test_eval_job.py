@@ -151,6 +151,10 @@ def test_agreement_is_of_the_originals_own_answers(world: Path) -> None:
     found = evaluate(world, dataclasses.replace(SPEC, agreement=True, new_tokens=10))
     assert set(scores(found, "agreement", "whole").values()) == {1.0}
     assert scores(found, "agreement", "original") == scores(found, "agreement", "base") == {}
+    shares = scores(found, "agreement", "poor").values()
+    agreed = found.of("poor").agreement
+    assert agreed is not None and agreed.estimate == pytest.approx(sum(shares) / len(shares))
+    assert found.of("original").agreement is None
     for name in NAMES:
         prompts = [tiny.encode(f"{row['input']}=") for row in examples(world, name)]
         pairs = [
