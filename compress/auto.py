@@ -1,219 +1,202 @@
-"""Encodings chosen by rate and distortion: ranks and bits of every module of every adapter (METHODS.md §5).
+"""The choice of `--method auto` over all modules and adapters (METHODS.md §5).
 
-A candidate is a truncated SVD of some rank in some bits. What it leaves out is known from the singular values; what its
-rounding adds is, for balanced factors turned so that all rows carry the same energy (`quantize`), nearly
-
-    kappa(rank, bits) E (F / E)^1.8        E = s_1^2 + ... + s_rank^2, F = (s_1 + ... + s_rank)^2 / rank
-
-F is the energy of the turned rows, which feedback between them spends again the better the more F / E is below 1. The
-power was fitted to real adapters, where it halves the spread of kappa (to 8 %); kappa is measured on a few
-adapters of a few modules at hand. So one pass over the factors gives every candidate's bytes and error without encoding
-it; `rate.choose` picks, the job encodes and measures what it stored. Where an adapter then misses its bound, the
-predictions of its modules are corrected by what was measured and it chooses again.
+1. A worth of residual in bytes is found at which all modules together take the bytes (or every adapter loses the energy)
+   that were asked for; modules take the bases that are best at it, and the worth is found again.
+2. Around that worth every module of every adapter says which profile it would take. The most wanted ones become the menu:
+   a bundle lists its forms once, so that few of them cost hardly any bytes.
+3. From the menu's predicted bytes and residuals `rate.choose` picks, exactly to the budget or bound.
+4. What was encoded is measured; where an adapter then misses its bound, the predictions of its modules are corrected by
+   what was measured and it chooses again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-from lorazip import quantized
-from lorazip.adapter import LowRank
-from lorazip.compress import encode, quantize, rate, svd
-from lorazip.compress.allocate import Module, codec_bytes
-from lorazip.compress.encode import ModuleCode
-from lorazip.compress.spec import Spec
-from lorazip.compress.svd import OwnFactors
+from lorazip.compress import pricing, rate
+from lorazip.compress.curves import Curve
+from lorazip.compress.pricing import LOADED
+from lorazip.compress.profile import NOTHING, ORIGINAL, RATES, WHOLE, Bases, Profile
 from lorazip.errors import UndecidedError
-from lorazip.terms import Core, Form, Own, Term
+from lorazip.terms import own_slots
 
-ALL_RANKS = 16  # every rank up to here is a candidate, above that steps of a quarter
-MEASURED_BITS = (1, 2, 3, 4)
-MEASURED_RANKS = (1, 2, 4, 8)
-POWER = 1.8
-FINER = 1 / 14  # what kappa falls by for two bits more, beyond those measured
-PLAIN = 1e-7  # kappa of a floating-point type, about
-SAMPLES = 8  # adapters of a module that kappa is measured on
+MENU = 96  # profiles at most, and as many of whole numbers for bounds near zero
+AROUND = (0.2, 0.4, 0.7, 1.0, 1.4, 2.5, 5.0)  # times the worth found: where profiles are asked for
+ROUNDS = 2  # of bases and worth
+STEPS = 24  # of a search for a worth
 TRIES = 8  # plans whose bytes are counted to meet a budget
 REPAIRS = 8  # rounds of choosing again before an adapter that misses its bound is stored as it was
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How one adapter is stored in one module: rank and codec of its own factors; the codec "" is the original."""
+class Plan:
+    """How one module is stored: its bases, and the profile of every adapter that has it."""
 
-    rank: int
-    codec: str
-
-
-NOTHING = Choice(0, "-")
-ORIGINAL = Choice(0, "")
-Plan = tuple[Choice, ...]  # of the adapters that have the module
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What is known of one module before anything is encoded.
-
-    Attributes:
-        having: the adapters that have it.
-        shape: (out, in).
-        sigma: (n, r_max) singular values of those.
-        ranks: rank of each.
-        original_bytes: (n,) of the original factors.
-    """
-
-    having: tuple[int, ...]
-    shape: tuple[int, int]
-    sigma: Tensor
-    ranks: tuple[int, ...]
-    original_bytes: Tensor
+    bases: Bases
+    profiles: tuple[Profile, ...]
 
     @property
-    def energies(self) -> Tensor:
-        """||D_i||^2 (n,)."""
-        return self.sigma.square().sum(1)
-
-
-def form(choice: Choice, factor: LowRank | None) -> Form:
-    """The terms of a choice; only the original needs the factor."""
-    if choice == ORIGINAL:
-        assert factor is not None
-        return svd.original(factor).form
-    side = Own(choice.rank, choice.codec)
-    return (Term(side, Core("scalar"), side),) if choice.rank else ()
-
-
-Samples = dict[tuple[int, int], Tensor]  # (rank, bits) -> kappa of some adapters
-Noise = Mapping[tuple[int, int], float]  # (rank, bits) -> kappa, for the measured ones
-
-
-def curve(module: Module, having: Sequence[int]) -> Curve:
-    """The curve of a module: its singular values."""
-    shape = module.stack.left.shape[1], module.stack.right.shape[1]
-    return Curve(
-        tuple(having), shape, module.sigma.cpu(), module.stack.ranks, module.original_bytes.cpu().double()
-    )
-
-
-def noise(module: Module) -> Samples:
-    """kappa of a few adapters (k,) for the ranks and bits that are measured."""
-    kept = [i for i in range(len(module.stack)) if module.energies[i] > 0]
-    kept = kept[:: max(1, len(kept) // SAMPLES)][:SAMPLES]
-    if not kept:
-        return {}
-    stack, sigma = module.stack.select(kept), module.sigma[kept]
-    left, right = stack.pad(stack.left), stack.pad(stack.right)
-    found: Samples = {}
-    for rank in MEASURED_RANKS:
-        whole = [i for i, r in enumerate(stack.ranks) if r >= rank]
-        if not whole:
-            break
-        tail, head = sigma[whole, rank:].square().sum(1), _rounding(sigma[whole], rank)
-        for bits in MEASURED_BITS:
-            name = f"int{bits}"
-            one, two = (
-                x.values.double() for x in quantize.product(left[whole], right[whole], rank, (name, name))
-            )
-            cross = (one @ left[whole].double().mT) * (two @ right[whole].double().mT)
-            own = (one @ one.mT) * (two @ two.mT)
-            error = sigma[whole].square().sum(1) - 2 * cross.sum((1, 2)) + own.sum((1, 2))
-            found[rank, bits] = ((error - tail) / head).cpu()
-    return found
-
-
-def _rounding(sigma: Tensor, rank: int) -> Tensor:
-    """E (F / E)^1.8 of singular values (n, r), see above: (n,)."""
-    energy = sigma[:, :rank].square().sum(1).clamp_min(1e-300)
-    rounding: Tensor = energy * (sigma[:, :rank].sum(1).square() / rank / energy) ** POWER
-    return rounding
-
-
-def averaged(samples: Sequence[Samples]) -> Noise:
-    """The mean kappa over the modules that it was measured on."""
-    keys = dict.fromkeys(key for sample in samples for key in sample)
-    return {key: float(torch.cat([s[key] for s in samples if key in s]).mean()) for key in keys}
-
-
-def kappa(noise: Noise, rank: int, codec: str) -> float:
-    """Between the measured ranks kappa changes as a line over log(rank), beyond them not at all."""
-    bits = int(codec.removeprefix("int")) if codec.startswith("int") else 0
-    if not bits:
-        return PLAIN
-    known = min(bits, max(MEASURED_BITS))
-    ranks = sorted(r for r, b in noise if b == known)
-    if not ranks:
-        return 1.0  # all adapters are zero
-    low = max([r for r in ranks if r <= rank], default=ranks[0])
-    high = min([r for r in ranks if r >= rank], default=ranks[-1])
-    share = 0.0 if low == high else float(torch.tensor(rank / low).log2() / torch.tensor(high / low).log2())
-    value: float = noise[low, known] * (1 - share) + noise[high, known] * share
-    finer: float = value * FINER ** ((bits - known) / 2)
-    return finer
-
-
-def menu(rank: int, dtype: str) -> list[Choice]:
-    """All candidates for modules of adapters of at most that rank: nothing first, the original last."""
-    ranks, at = [], 1
-    while at <= rank:
-        ranks.append(at)
-        at = at + 1 if at < ALL_RANKS else -(-at * 5 // 4)
-    if ranks[-1] != rank:
-        ranks.append(rank)
-    codecs = [*(f"int{bits}" for bits in quantized.BITS), dtype]
-    return [NOTHING, *(Choice(r, c) for r in ranks for c in codecs), ORIGINAL]
+    def digest(self) -> str:
+        """A name for the plan."""
+        return sha256(repr(self).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Bytes and residuals of every adapter, module and candidate, (n, m, c); infinite residuals where there is none."""
+    """Bytes and residuals of every adapter, module and profile, (n, m, c); infinite residuals where there is none."""
 
-    menu: list[Choice]
+    menu: list[Profile]
+    bases: tuple[Bases, ...]
     nbytes: Tensor
     residuals: Tensor
     energies: Tensor  # (n,)
 
 
-def tables(curves: Sequence[Curve], noise: Noise, adapters: int, dtype: str) -> Tables:
-    """Predict every candidate."""
-    choices = menu(max(max(c.ranks) for c in curves), dtype)
+Aim = Callable[[Sequence[Bases]], Tensor]  # bases of all modules -> worth (n,)
+
+
+def for_bytes(curves: Sequence[Curve], weights: Tensor, budget: float, dtype: str) -> Aim:
+    """The worth, in proportion to `weights`, at which all own and shared tensors take about `budget` bytes."""
+
+    def aim(bases: Sequence[Bases]) -> Tensor:
+        shared = sum(pricing.basis_bytes(c, b) for c, b in zip(curves, bases, strict=True))
+
+        def over(scale: Tensor) -> Tensor:
+            taken = shared + sum(
+                float(pricing.priced(c, b, scale * weights, dtype, _usual(b)).nbytes.sum())
+                for c, b in zip(curves, bases, strict=True)
+            )
+            return torch.tensor(taken > budget)
+
+        return _bisected(over, torch.tensor(1.0, dtype=torch.float64)) * weights
+
+    return aim
+
+
+def for_errors(curves: Sequence[Curve], adapters: int, allowed: Tensor, dtype: str) -> Aim:
+    """The worth of every adapter at which its residuals sum to about `allowed` (n,)."""
+
+    def aim(bases: Sequence[Bases]) -> Tensor:
+        def over(worth: Tensor) -> Tensor:
+            total = torch.zeros(adapters, dtype=torch.float64)
+            for c, b in zip(curves, bases, strict=True):
+                total[list(c.having)] += pricing.priced(c, b, worth, dtype, _usual(b)).residual
+            return total <= allowed
+
+        return _bisected(over, torch.ones(adapters, dtype=torch.float64))
+
+    return aim
+
+
+def _usual(bases: Bases) -> list[int]:
+    """No loadings, or all that the bases allow: enough to find a worth."""
+    return list(dict.fromkeys((0, LOADED.index((bases.left is not None, bases.right is not None)))))
+
+
+def _bisected(over: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The scale at which `over`, false below and true above, turns; within a few per cent, several at a time."""
+    low, high = torch.full_like(start, -30.0), torch.full_like(start, 90.0)  # powers of two
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        above = over(2.0**middle)
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        if float((high - low).max()) < 0.05:
+            break
+    return 2.0 ** ((low + high) / 2)
+
+
+def settled(curves: Sequence[Curve], aim: Aim, dtype: str) -> tuple[tuple[Bases, ...], Tensor]:
+    """Bases of every module and the worth (n,) that go with each other."""
+    bases: tuple[Bases, ...] = (Bases(),) * len(curves)
+    for _ in range(ROUNDS):
+        worth = aim(bases)
+        bases = tuple(
+            pricing.best_bases(c, worth, dtype, b) for c, b in zip(curves, bases, strict=True)
+        )
+    return bases, aim(bases)
+
+
+def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: str) -> list[Profile]:
+    """The profiles most wanted around that worth: nothing first, the original last."""
+    wanted: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for factor in AROUND:
+        for c, b in zip(curves, bases, strict=True):
+            one = pricing.priced(c, b, factor * worth, dtype)
+            rows = (tuple(rates) for rates in one.rates.tolist())
+            wanted.update(zip(rows, one.loaded.tolist(), strict=True))
+    found: dict[Profile, int] = {}
+    for (rates, loaded), count in wanted.items():
+        each = pricing.profile(rates, loaded)
+        found[each] = found.get(each, 0) + count
+    found.pop(NOTHING, None)
+    most = sorted((p for p in found if p.nameable), key=lambda p: -found[p])[:MENU]
+    widest = max(max(c.ranks) for c in curves)
+    plain = [Profile((WHOLE,) * r, (WHOLE,) * r) for r in range(1, widest + 1)] if widest <= MENU else []
+    return [NOTHING, *dict.fromkeys([*most, *plain]), ORIGINAL]
+
+
+def tables(
+    curves: Sequence[Curve], bases: tuple[Bases, ...], choices: list[Profile], adapters: int, dtype: str
+) -> Tables:
+    """Predict every profile."""
     nbytes = torch.zeros(adapters, len(curves), len(choices), dtype=torch.float64)
     residuals = torch.full_like(nbytes, torch.inf)
     residuals[..., 0] = 0  # a module that an adapter lacks
     energies = torch.zeros(adapters, dtype=torch.float64)
-    for m, each in enumerate(curves):
+    for m, (each, shared) in enumerate(zip(curves, bases, strict=True)):
         rows = list(each.having)
-        tails = torch.nn.functional.pad(each.sigma.square(), (0, 1)).flip(1).cumsum(1).flip(1)  # (n, r + 1)
-        ranks = torch.tensor(each.ranks)
         energies[rows] += each.energies
+        squares = each.sigma.square()
+        tails = torch.nn.functional.pad(squares, (0, 1)).flip(1).cumsum(1).flip(1)  # (n, r + 1)
+        ranks = torch.tensor(each.ranks)
+        held = {
+            loaded: [
+                1 - pricing.leftover(each, side, basis if on else None).double().expand(*squares.shape, -1)
+                for side, (basis, on) in enumerate(zip((shared.left, shared.right), loaded, strict=True))
+            ]
+            for loaded in LOADED
+            if all(basis or not on for basis, on in zip((shared.left, shared.right), loaded, strict=True))
+        }
         for c, choice in enumerate(choices):
-            if choice is ORIGINAL:
+            k = choice.rank
+            if choice.original:
                 nbytes[rows, m, c] = each.original_bytes
                 residuals[rows, m, c] = 0
-            elif choice is NOTHING:
-                residuals[rows, m, c] = tails[:, 0]
-            else:
-                k = min(choice.rank, each.sigma.shape[1])
-                out, in_ = each.shape
-                nbytes[rows, m, c] = float(codec_bytes(choice.codec, (choice.rank, out), (choice.rank, in_)))
-                predicted = tails[:, k] + kappa(noise, k, choice.codec) * _rounding(each.sigma, k)
-                residuals[rows, m, c] = torch.where(ranks >= choice.rank, predicted, torch.inf)
-    return Tables(choices, nbytes, residuals, energies)
+            elif choice.loaded in held and k <= squares.shape[1]:
+                nbytes[rows, m, c] = float(own_bytes(choice, shared, each.shape, dtype))
+                kept = torch.zeros(len(rows), dtype=torch.float64)
+                if k:
+                    left, right = (
+                        one[:, torch.arange(k), [RATES.index(x) for x in rates]]
+                        for one, rates in zip(held[choice.loaded], (choice.left, choice.right), strict=True)
+                    )
+                    kept = (squares[:, :k] * left * right).sum(1)
+                predicted = (squares[:, :k].sum(1) - kept).clamp_min(0) + tails[:, k]
+                residuals[rows, m, c] = torch.where(ranks >= k, predicted, torch.inf)
+    return Tables(choices, bases, nbytes, residuals, energies)
+
+
+def own_bytes(choice: Profile, bases: Bases, shape: tuple[int, int], dtype: str) -> int:
+    """Bytes of an adapter's own tensors in one module."""
+    slots = own_slots(choice.form(bases, dtype), bases.layout, *shape)
+    return sum(part.nbytes for slot in slots for part in slot.parts())
 
 
 def within_bytes(table: Tables, budget: float, weights: Tensor) -> Tensor:
-    """(n, m) candidates of least sum_i w_i residual_i whose own tensors take at most so many bytes."""
+    """(n, m) profiles of least sum_i w_i residual_i whose own tensors take at most so many bytes."""
     value = (table.residuals * weights[:, None, None]).flatten(0, 1)[None]
     chosen, _ = rate.choose(value, table.nbytes.flatten(0, 1)[None], value.new_tensor([budget]))
     return chosen.view(table.nbytes.shape[:2])
 
 
 def within_errors(table: Tables, allowed: Tensor) -> Tensor:
-    """(n, m) candidates of least bytes, every adapter's residuals at most `allowed` (n,)."""
+    """(n, m) profiles of least bytes, every adapter's residuals at most `allowed` (n,)."""
     there = table.residuals.isfinite()
     value = torch.where(there, table.nbytes, torch.inf)
     chosen, _ = rate.choose(value, torch.where(there, table.residuals, 1e300), allowed)
@@ -221,8 +204,13 @@ def within_errors(table: Tables, allowed: Tensor) -> Tensor:
 
 
 def plans(table: Tables, curves: Sequence[Curve], chosen: Tensor) -> list[Plan]:
-    """The choices module by module."""
-    return [tuple(table.menu[int(chosen[i, m])] for i in each.having) for m, each in enumerate(curves)]
+    """The choices module by module; a basis that nobody uses is not stored."""
+    found = []
+    for m, (each, bases) in enumerate(zip(curves, table.bases, strict=True)):
+        profiles = tuple(table.menu[int(chosen[i, m])] for i in each.having)
+        used = [any(p.loaded[side] for p in profiles) for side in (0, 1)]
+        found.append(Plan(Bases(bases.left if used[0] else None, bases.right if used[1] else None), profiles))
+    return found
 
 
 def for_budget(
@@ -232,7 +220,7 @@ def for_budget(
     weights: Tensor,
     size: Callable[[Sequence[Plan]], int],
 ) -> Tensor:
-    """The least mean error whose bundle has at most `budget` bytes, headers and manifest counted.
+    """The least mean error whose bundle has at most `budget` bytes, bases, headers and manifest counted.
 
     Args:
         size: bytes of the bundle of these plans.
@@ -254,14 +242,14 @@ def for_budget(
         loss = float((table.residuals.gather(2, tried[..., None])[..., 0].sum(1) * weights).sum())
         if nbytes <= budget and loss < best_loss:
             best, best_loss = tried, loss
-        if 0 <= budget - nbytes <= 1e-4 * budget:
+        if 0 <= budget - nbytes <= 1e-3 * budget:
             break
         around = nbytes - own if nbytes - own != around else around + max(1.0, nbytes - budget)
     return best
 
 
 def corrected(table: Tables, chosen: Tensor, measured: Tensor) -> Tables:
-    """The tables after what was chosen was measured: a unit that erred once errs alike in its other candidates.
+    """The tables after what was chosen was measured: a unit that erred once errs alike in its other profiles.
 
     Args:
         chosen: (n, m).
@@ -290,37 +278,3 @@ def repaired(
     if attempt >= REPAIRS:
         again = torch.where(measured.isnan(), 0, len(table.menu) - 1)
     return table, torch.where(missed[:, None], again, chosen)
-
-
-def digest(plan: Plan) -> str:
-    """A name for a plan."""
-    return sha256(repr(plan).encode()).hexdigest()[:12]
-
-
-def encode_planned(name: str, factors: Sequence[LowRank], spec: Spec, plan: Plan) -> ModuleCode:
-    """Encode one module as planned: a pure function of the factors, the options and the plan."""
-    module, loaded = encode.prepare(name, factors, spec)
-    own = [OwnFactors((), ())] * len(plan)
-    for choice in dict.fromkeys(plan):
-        members = [i for i, each in enumerate(plan) if each == choice]
-        for i, stored in zip(members, _stored(module, members, choice, factors), strict=True):
-            own[i] = stored
-    return encode.measured(module, loaded, (), (), own)
-
-
-def _stored(
-    module: Module, members: Sequence[int], choice: Choice, factors: Sequence[LowRank]
-) -> list[OwnFactors]:
-    """Some adapters in the same way."""
-    if choice == ORIGINAL:
-        return [svd.original(factors[i]) if module.energies[i] > 0 else OwnFactors((), ()) for i in members]
-    if choice == NOTHING:
-        return [OwnFactors((), ())] * len(members)
-    stack = module.stack.select(members)
-    if not choice.codec.startswith("int"):
-        rows = [(stack.starts[i], stack.starts[i + 1]) for i in range(len(members))]
-        return [svd.truncated(stack.left[a:b], stack.right[a:b], choice.rank, choice.codec) for a, b in rows]
-    names = choice.codec, choice.codec
-    one, two = quantize.product(stack.pad(stack.left), stack.pad(stack.right), choice.rank, names)
-    terms = form(choice, None)
-    return [OwnFactors(terms, (), parts=(one.parts(i), two.parts(i))) for i in range(len(members))]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lorazip.adapter import LowRank
 from lorazip.bundle import Bundle
-from lorazip.compress import auto, cluster, encode, finished, partial, planning, shards
+from lorazip.compress import cluster, encode, finished, partial, planning, shards, sides
 from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble, module_errors
-from lorazip.compress.auto import Curve
+from lorazip.compress.auto import Plan
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
@@ -30,7 +30,7 @@ from lorazip.terms import described
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
-Known = dict[tuple[int, auto.Plan], Shard]
+Known = dict[tuple[int, Plan], Shard]
 Done = TypeVar("Done")
 
 
@@ -203,24 +203,20 @@ def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progr
 
 def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
     """Choose for all modules, encode them, and choose again where a bound is missed."""
-    step = max(1, len(inputs.modules) // planning.SAMPLED)
-
-    def curve(index: int, name: str) -> tuple[Curve, auto.Samples]:
-        return planning.survey(inputs, spec, name, index % step == 0)
-
-    choice = planning.choose(inputs, spec, _each(inputs, spec, curve, "choosing", progress))
-    done: dict[tuple[int, auto.Plan], Shard] = {}
+    surveyed = _each(inputs, spec, lambda _, name: planning.survey(inputs, spec, name), "choosing", progress)
+    choice = planning.choose(inputs, spec, surveyed)
+    done: Known = {}
     while True:
         plans = choice.plans
         known = done
 
-        def one(index: int, name: str, plans: list[auto.Plan] = plans, known: Known = known) -> Shard:
+        def one(index: int, name: str, plans: list[Plan] = plans, known: Known = known) -> Shard:
             plan = plans[index]
             if (index, plan) in known:
                 return known[index, plan]
-            path = folder and folder / f"{index:05d}-{auto.digest(plan)}.safetensors"
+            path = folder and folder / f"{index:05d}-{plan.digest}.safetensors"
             return _encode_one(
-                inputs, name, path, lambda factors: auto.encode_planned(name, factors, spec, plan)
+                inputs, name, path, lambda factors: sides.encode_planned(name, factors, spec, plan)
             )
 
         encoded = _each(inputs, spec, one, "compressing", progress)

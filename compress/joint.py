@@ -93,6 +93,18 @@ def principal(frame: Frame, columns: int) -> Tensor:
     return orthonormal(torch.cat([found, more], dim=1))
 
 
+def leading_directions(stack: Stack, columns: int) -> Pair:
+    """The leading left and right singular vectors of the stacked D_i (Tucker's HOSVD), at most `columns` of each side.
+
+    Nested: the first c columns are the leading c. Where the adapters span less than that, there are fewer.
+
+    Args:
+        stack: n weighted matrices in balanced form.
+    """
+    left, right = (_first(frame, columns, None) for frame in stack.frames)
+    return Pair(orthonormal(stack.frames[0].lift(left)), orthonormal(stack.frames[1].lift(right)))
+
+
 def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:
     """Fit one shared orthonormal pair to all adapters of a module (JD-Full, arXiv 2407.00066 §3.1, alternating).
 

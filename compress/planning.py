@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-from lorazip.compress import auto, encode, shards
+from lorazip.compress import auto, curves, encode, shards
 from lorazip.compress.assemble import SizeSink, assemble, module_errors
-from lorazip.compress.auto import Curve, Noise, Plan
+from lorazip.compress.auto import Plan
+from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
+from lorazip.compress.profile import ORIGINAL
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
+from lorazip.compress.svd import original
 from lorazip.errors import UndecidedError
 from lorazip.sources import Inputs
 from lorazip.terms import Form
 
-SAMPLED = 4  # modules in which rounding is measured
 LONG = 1.2345678e-05  # an error of as many digits as a manifest writes at most
 
 
@@ -30,7 +32,7 @@ class Choice:
     """The plans of all modules, and what they were chosen from.
 
     Attributes:
-        chosen: (n, m) candidates.
+        chosen: (n, m) profiles.
         attempt: how often a bound was missed.
     """
 
@@ -45,37 +47,45 @@ class Choice:
         return auto.plans(self.table, self.curves, self.chosen)
 
 
-def survey(inputs: Inputs, spec: Spec, name: str, sampled: bool) -> tuple[Curve, auto.Samples]:
-    """The curve of one module, and where it is sampled, how much its rounding costs."""
+def survey(inputs: Inputs, spec: Spec, name: str) -> Curve:
+    """The curve of one module."""
     having = [i for i, adapter in enumerate(inputs.adapters) if name in adapter.modules]
     module, _ = encode.prepare(name, [inputs.adapters[i].low_rank(name) for i in having], spec)
-    return auto.curve(module, having), auto.noise(module) if sampled else {}
+    return curves.curve(module, having)
 
 
-def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[tuple[Curve, auto.Samples]]) -> Choice:
+def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     """What the predicted curves say.
 
     Raises:
         UndecidedError: the budget is smaller than an empty bundle.
     """
-    curves = tuple(curve for curve, _ in surveyed)
-    noise: Noise = auto.averaged([samples for _, samples in surveyed])
-    table = auto.tables(curves, noise, len(inputs.adapters), spec.dtype)
+    found = tuple(surveyed)
+    count = len(inputs.adapters)
+    energies = torch.zeros(count, dtype=torch.float64)
+    for each in found:
+        energies[list(each.having)] += each.energies
+    weights = _weights(energies, spec)
     if spec.max_error is not None:
-        return Choice(curves, table, auto.within_errors(table, spec.max_error * table.energies))
-    originals = sum(adapter.nbytes for adapter in inputs.adapters)
-    budget = spec.budget if spec.ratio is None else int(originals / spec.ratio)
-    assert budget is not None
-    sized = auto.for_budget(
-        table, curves, budget, _weights(table, spec), lambda plans: _size(inputs, spec, plans)
-    )
-    return Choice(curves, table, sized)
+        allowed = spec.max_error * energies
+        aim = auto.for_errors(found, count, allowed, spec.dtype)
+    else:
+        originals = sum(adapter.nbytes for adapter in inputs.adapters)
+        budget = spec.budget if spec.ratio is None else int(originals / spec.ratio)
+        assert budget is not None
+        aim = auto.for_bytes(found, weights, 0.95 * budget, spec.dtype)
+    bases, worth = auto.settled(found, aim, spec.dtype)
+    table = auto.tables(found, bases, auto.menu(found, bases, worth, spec.dtype), count, spec.dtype)
+    if spec.max_error is not None:
+        return Choice(found, table, auto.within_errors(table, allowed))
+    chosen = auto.for_budget(table, found, budget, weights, lambda plans: _size(inputs, spec, plans))
+    return Choice(found, table, chosen)
 
 
-def _weights(table: auto.Tables, spec: Spec) -> torch.Tensor:
+def _weights(energies: torch.Tensor, spec: Spec) -> torch.Tensor:
     """(n,) what an adapter's residual counts: its share of its own energy, or of all energy."""
-    energies = table.energies if spec.weights == "unit" else table.energies.mean().expand_as(table.energies)
-    return torch.where(energies > 0, 1 / energies.clamp_min(1e-300), 0) / len(energies)
+    each = energies if spec.weights == "unit" else energies.mean().expand_as(energies)
+    return torch.where(energies > 0, 1 / each.clamp_min(1e-300), 0) / len(energies)
 
 
 def _size(inputs: Inputs, spec: Spec, plans: Sequence[Plan]) -> int:
@@ -84,11 +94,12 @@ def _size(inputs: Inputs, spec: Spec, plans: Sequence[Plan]) -> int:
     for (name, (out, in_)), plan in zip(inputs.modules.items(), plans, strict=True):
         having = [adapter for adapter in inputs.adapters if name in adapter.modules]
         forms: list[Form] = [
-            auto.form(choice, adapter.low_rank(name)) if choice == auto.ORIGINAL else auto.form(choice, None)
-            for choice, adapter in zip(plan, having, strict=True)
+            original(adapter.low_rank(name)).form if p == ORIGINAL else p.form(plan.bases, spec.dtype)
+            for p, adapter in zip(plan.profiles, having, strict=True)
         ]
-        ones = torch.ones(len(plan), dtype=torch.float64)
-        code = ModuleCode((), (), tuple(forms), (), LONG * ones, ones, (False,) * len(plan), ones[:1])
+        ones = torch.ones(len(forms), dtype=torch.float64)
+        layout = plan.bases.layout
+        code = ModuleCode(layout, (), tuple(forms), (), LONG * ones, ones, (False,) * len(forms), ones[:1])
         predicted.append(shards.describe(code, out, in_))
     return assemble(inputs, spec, predicted, SizeSink(), lambda what, done, total: None)
 

@@ -59,7 +59,11 @@ class Rounded:
 
     def parts(self, i: int) -> tuple[Tensor, ...]:
         """What is stored of tensor i."""
-        return _of_integers(self.codec).store(self.levels[i], [s[i] for s in self.scales])
+        found: tuple[Tensor, ...] = ()
+        for c, first, count in runs(self.codec, len(self.scales)):
+            rows = slice(first, first + count)
+            found += c.store(self.levels[i][rows], [s[i] for s in self.scales[rows]])
+        return found
 
     def where(self, mask: Tensor, other: Rounded) -> Rounded:
         """This one where the mask (n,) says so, else the other."""
@@ -81,21 +85,22 @@ class Rounded:
         )
 
 
-def _of_integers(name: str) -> Integers | Mixed:
-    found = codec(name)
-    assert isinstance(found, Integers | Mixed), name
-    return found
+def runs(name: str, rows: int) -> list[tuple[Integers, int, int]]:
+    """The codecs of a tensor of so many rows, each with its first row and their number (0 behind the last row)."""
+    found: list[tuple[Integers, int, int]] = []
+    rest, at = codec(name), 0
+    while isinstance(rest, Mixed):
+        count = min(rest.count, rows - at)
+        assert isinstance(rest.first, Integers), name
+        found.append((rest.first, at, count))
+        rest, at = rest.rest, at + count
+    assert isinstance(rest, Integers), name
+    return [*found, (rest, at, rows - at)]
 
 
 def pieces(name: str, rows: int) -> list[tuple[Integers, int]]:
     """For each of a tensor's rows its codec, and the first row that has the same one."""
-    found: list[tuple[Integers, int]] = []
-    rest: Integers | Mixed = _of_integers(name)
-    while isinstance(rest, Mixed):
-        count = min(rest.count, rows - len(found))
-        found += [(rest.first, len(found))] * count
-        rest = rest.rest
-    return found + [(rest, len(found))] * (rows - len(found))
+    return [(c, first) for c, first, count in runs(name, rows) for _ in range(count)]
 
 
 def gauge(name: str, rows: int) -> Tensor:

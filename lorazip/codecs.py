@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorazip import quantized
+from lorazip import trellis as trellises
 from lorazip.errors import BundleError, CodecError
 
 # safetensors' names of the dtypes that parts may have, in the order of their streams in a file
@@ -121,12 +122,76 @@ class Integers:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """Rows by a trellis code (lorazip/trellis.py), with a bfloat16 scale a row, or without: rows of unit variance.
+
+    Rate 0 stores nothing: rows of zeros.
+    """
+
+    rate: float
+    scaled: bool = True
+
+    def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
+        rows, width = prod(shape[:-1]), shape[-1]
+        if not self.rate:
+            return Part("U8", 0), Part("BF16", 0)
+        code = trellises.trellis(self.rate)
+        nbytes = quantized.packed_bytes(rows * code.steps(width), code.k)
+        return Part("U8", nbytes), Part("BF16", rows * self.scaled)
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        rows = tensor.reshape(-1, tensor.shape[-1]).float()
+        if not bool(torch.isfinite(rows).all()):
+            raise CodecError("a value is not finite")
+        if not self.rate:
+            return self.store(rows[:, :0], [rows[:, 0]])
+        codes, scales, _ = self.fitted(rows)
+        return self.store(codes, [scales])
+
+    def fitted(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (n, steps), scales (n,) as stored (1 without), and what they decode to (n, d)."""
+        code = trellises.trellis(self.rate)
+        scales = torch.linalg.vector_norm(rows.double(), dim=1).float() / max(rows.shape[1], 1) ** 0.5
+        if not self.scaled:
+            scales = torch.ones_like(scales)
+        codes = code.encode(rows / torch.where(scales > 0, scales, 1)[:, None])
+        decoded = code.decode(codes, rows.shape[1])
+        if self.scaled:  # the least-squares scale of the path that was found
+            best = (rows * decoded).sum(1) / decoded.square().sum(1).clamp_min(1e-30)
+            scales = best.to(torch.bfloat16).float()
+        return codes, scales, decoded * scales[:, None]
+
+    def store(self, codes: Tensor, scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The parts of codes (n, steps) and scales, row by row."""
+        flat = torch.cat([s.flatten() for s in scales]) if scales else codes.new_zeros(0)
+        if not self.rate or not self.scaled:
+            flat = flat[:0]
+        k = trellises.RATES[self.rate][0] if self.rate else 1
+        return quantized.pack(codes, k).cpu(), flat.to(torch.bfloat16).cpu()
+
+    def decode(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        rows, width = prod(shape[:-1]), shape[-1]
+        if not self.rate:
+            return torch.zeros(tuple(shape), device=parts[0].device)
+        code = trellises.trellis(self.rate)
+        steps = code.steps(width)
+        codes = quantized.unpack(parts[0], code.k, rows * steps).view(rows, steps)
+        values = code.decode(codes, width)
+        if self.scaled:
+            values = values * parts[1].float()[:, None]
+        return values.reshape(tuple(shape))
+
+
+Single = Plain | Integers | Coded
+
+
+@dataclass(frozen=True)
 class Mixed:
     """The first `count` rows by one codec, the others by another: some columns of a factor get more bits."""
 
-    first: Integers
+    first: Single
     count: int
-    rest: Integers | Mixed
+    rest: Single | Mixed
 
     def split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the two pieces."""
@@ -144,29 +209,28 @@ class Mixed:
             return self.first.encode(tensor)
         return self.first.encode(tensor[: self.count]) + self.rest.encode(tensor[self.count :])
 
-    def store(self, levels: Tensor, scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As `Integers.store`."""
-        first = self.first.store(levels[: self.count], scales[: self.count])
-        return first + self.rest.store(levels[self.count :], scales[self.count :])
-
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         if len(shape) == 1:
             return self.first.decode(parts, shape)
         one, two = self.split(shape)
-        return torch.cat([self.first.decode(parts[:2], one), self.rest.decode(parts[2:], two)])
+        count = len(self.first.parts(one))
+        return torch.cat([self.first.decode(parts[:count], one), self.rest.decode(parts[count:], two)])
 
 
-CODECS: dict[str, Codec] = {"float32": Plain("F32"), "float16": Plain("F16"), "bfloat16": Plain("BF16")}
-MAX_NAME = 64  # characters of a codec's name
+CODECS: dict[str, Plain] = {"float32": Plain("F32"), "float16": Plain("F16"), "bfloat16": Plain("BF16")}
+MAX_NAME = 128  # characters of a codec's name
+_CODED = re.compile(r"tcq([0-9.]{1,4})(u?)")
 _INTEGERS = re.compile(r"int([123468])(?:(t)|g([1-9][0-9]{0,6}))?")
+_RATE_NAMES = {"0": 0.0} | {trellises.name(rate): rate for rate in trellises.RATES}
 _MIXED = re.compile(r"([^*+]+)\*([1-9][0-9]{0,6})\+(.+)")
 
 
-def codec(name: str) -> Codec:
+def codec(name: str) -> Single | Mixed:
     """The codec of that name, as written in a manifest. Raises BundleError for one this version does not know.
 
     float32, float16, bfloat16; int4 (a scale for every row), int4g64 (for 64 elements of a row), int4t (for the whole
-    tensor); int4*2+int1 (the first two rows by int4, the others by int1).
+    tensor); tcq1.5 (a trellis code, a scale for every row), tcq1.5u (without scales), tcq0 (zeros); int4*2+int1 (the
+    first two rows by int4, the others by int1).
     """
     found = _known(name) if len(name) <= MAX_NAME else None
     if found is None:
@@ -175,19 +239,20 @@ def codec(name: str) -> Codec:
 
 
 @lru_cache(maxsize=4096)
-def _known(name: str) -> Codec | None:
-    return CODECS.get(name) or _integers(name)
-
-
-def _integers(name: str) -> Integers | Mixed | None:
+def _known(name: str) -> Single | Mixed | None:
+    if name in CODECS:
+        return CODECS[name]
+    coded = _CODED.fullmatch(name)
+    if coded and coded[1] in _RATE_NAMES and coded[0] != "tcq0u":
+        return Coded(_RATE_NAMES[coded[1]], not coded[2])
     whole = _INTEGERS.fullmatch(name)
     if whole and whole[1] in map(str, quantized.BITS):
         return Integers(int(whole[1]), -1 if whole[2] else int(whole[3] or 0))
     mixed = _MIXED.fullmatch(name)
     if mixed is None:
         return None
-    first, rest = _integers(mixed[1]), _integers(mixed[3])
-    return Mixed(first, int(mixed[2]), rest) if isinstance(first, Integers) and rest is not None else None
+    first, rest = _known(mixed[1]), _known(mixed[3])
+    return Mixed(first, int(mixed[2]), rest) if isinstance(first, Single) and rest is not None else None
 
 
 def integers(bits: float, rows: int, scope: str = "") -> str:

@@ -144,10 +144,16 @@ def _block(value: object) -> str:
 
 
 def pack_term(term: Term) -> list[object]:
-    """A term as JSON: [left, core, right]; an outer factor is a shared index or [columns, codec]."""
+    """A term as JSON: [left, core, right].
+
+    An outer factor is a shared index, [columns, codec], or [columns, codec, shared index, codec of the loadings].
+    """
 
     def side(factor: int | Own) -> object:
-        return factor if isinstance(factor, int) else [factor.columns, factor.codec]
+        if isinstance(factor, int):
+            return factor
+        whole = [factor.columns, factor.codec, factor.basis, factor.loadings]
+        return whole if factor.basis is not None else whole[:2]
 
     core: list[object] = [term.core.kind]
     match term.core.kind:
@@ -276,12 +282,17 @@ def _check_form(name: str, module: Module, form: Form | None) -> None:
     for term in form or ():
         ends = []
         for factor, side in ((term.left, "left"), (term.right, "right")):
+            shared = factor.basis if isinstance(factor, Own) else factor
+            known = shared is None or 0 <= shared < len(module.layout)
+            if not known or (shared is not None and module.layout[shared].side != side):
+                raise BundleError(f"bundle.json: {name}: {module.name}: no shared {side} tensor {shared}")
             if isinstance(factor, Own):
                 ends.append(factor.columns)
-                continue
-            if not 0 <= factor < len(module.layout) or module.layout[factor].side != side:
-                raise BundleError(f"bundle.json: {name}: {module.name}: no shared {side} tensor {factor}")
-            ends.append(module.layout[factor].columns)
+                if "tcq0" in factor.codec and factor.columns > max(module.out, module.in_):
+                    # Columns without numbers: never useful, and a way to make a small file decode to a huge matrix
+                    raise BundleError(f"bundle.json: {name}: {module.name}: {factor.columns} columns")
+            else:
+                ends.append(module.layout[factor].columns)
         if term.core.kind in ("diagonal", "scalar") and ends[0] != ends[1]:
             raise BundleError(f"bundle.json: {name}: {module.name}: {ends[0]} columns meet {ends[1]}")
         if term.core.rank > min(ends):  # never useful, and a way to make a small file decode to a huge matrix
@@ -300,8 +311,10 @@ def unpack_term(item: Any) -> Term:
     def side(value: Any) -> int | Own:
         if type(value) is int:
             return value
-        columns, codec = value
-        return Own(_count(columns, 1), _codec(codec))
+        if len(value) == 2:
+            return Own(_count(value[0], 1), _codec(value[1]))
+        columns, codec, basis, loadings = value
+        return Own(_count(columns, 1), _codec(codec), _count(basis), _codec(loadings))
 
     left, core, right = item
     match core:

@@ -2,15 +2,16 @@
 
     D_i = sum_t L_t C_t R_t^T
 
-per adapter i and module. L (out, a) and R (in, b) are shared by several adapters or the adapter's own; C (a, b) is
-full, diagonal, a product of two thin factors, or a number (1 for the identity). Every method of compression only
-encodes into this form; reading a bundle needs this file and nothing of them.
+per adapter i and module. L (out, a) and R (in, b) are shared by several adapters, or the adapter's own, or in part both:
+an own matrix plus own loadings on shared columns. C (a, b) is full, diagonal, a product of two thin factors, or a number
+(1 for the identity). Every method of compression only encodes into this form; reading a bundle needs this file and
+nothing of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,10 +34,15 @@ class Shared:
 
 @dataclass(frozen=True)
 class Own:
-    """An outer factor that belongs to one adapter: (out, columns) or (in, columns)."""
+    """An outer factor that belongs to one adapter: (out, columns) or (in, columns).
+
+    With a basis it is X + S Y: X own, S (out or in, c) the shared tensor of that index, Y (c, columns) own loadings.
+    """
 
     columns: int
     codec: str
+    basis: int | None = None
+    loadings: str = ""  # their codec
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def own_slots(form: Form, layout: Layout, out: int, in_: int) -> list[Slot]:
 def _term_slots(term: Term, layout: Layout, out: int, in_: int) -> Iterator[Slot]:
     a, b = columns(term, layout)
     if isinstance(term.left, Own):
-        yield Slot((a, out), term.left.codec)
+        yield from _outer_slots(term.left, layout, out)
     match term.core.kind:
         case "full":
             yield Slot((a, b), term.core.codec)
@@ -105,7 +111,13 @@ def _term_slots(term: Term, layout: Layout, out: int, in_: int) -> Iterator[Slot
         case "scalar":
             yield from ()
     if isinstance(term.right, Own):
-        yield Slot((b, in_), term.right.codec)
+        yield from _outer_slots(term.right, layout, in_)
+
+
+def _outer_slots(own: Own, layout: Layout, width: int) -> Iterator[Slot]:
+    yield Slot((own.columns, width), own.codec)
+    if own.basis is not None:
+        yield Slot((own.columns, layout[own.basis].columns), own.loadings)
 
 
 def columns(term: Term, layout: Layout) -> tuple[int, int]:
@@ -127,8 +139,12 @@ def described(form: Form) -> str:
     words = []
     for term in form:
         if isinstance(term.left, Own) and isinstance(term.right, Own):
-            codecs = dict.fromkeys((term.left.codec, term.right.codec))
-            words.append(f"rank {min(term.left.columns, term.right.columns)} {'/'.join(codecs)}")
+            shared = [side for side, own in (("L", term.left), ("R", term.right)) if own.basis is not None]
+            codecs = dict.fromkeys(own.codec for own in (term.left, term.right))
+            words.append(
+                f"rank {min(term.left.columns, term.right.columns)} {'/'.join(codecs)}"
+                + (f" on shared {' and '.join(shared)}" if shared else "")
+            )
         else:
             words.append(f"core {term.core.kind} {term.core.codec}".strip())
     return " + ".join(words) or "nothing"
@@ -136,19 +152,20 @@ def described(form: Form) -> str:
 
 def shared_indices(form: Form) -> list[int]:
     """The module's shared tensors that a form refers to, sorted."""
-    return sorted({side for term in form for side in (term.left, term.right) if isinstance(side, int)})
+    sides = [side for term in form for side in (term.left, term.right)]
+    indices = {side.basis if isinstance(side, Own) else side for side in sides}
+    return sorted(index for index in indices if index is not None)
 
 
 def renumbered(form: Form, place: Mapping[int, int]) -> Form:
     """The form with its shared indices renumbered."""
-    return tuple(
-        Term(
-            place[t.left] if isinstance(t.left, int) else t.left,
-            t.core,
-            place[t.right] if isinstance(t.right, int) else t.right,
-        )
-        for t in form
-    )
+
+    def side(factor: int | Own) -> int | Own:
+        if isinstance(factor, int):
+            return place[factor]
+        return factor if factor.basis is None else replace(factor, basis=place[factor.basis])
+
+    return tuple(Term(side(t.left), t.core, side(t.right)) for t in form)
 
 
 def decode(
@@ -168,9 +185,9 @@ def decode(
     tensors = iter(own)
     lefts, rights = [torch.zeros(0, out)], [torch.zeros(0, in_)]
     for term in form:
-        left = next(tensors) if isinstance(term.left, Own) else shared[term.left]  # (a, out)
+        left = _outer(term.left, shared, tensors)  # (a, out)
         core = [next(tensors) for _ in range({"factored": 2, "scalar": 0}.get(term.core.kind, 1))]
-        right = next(tensors) if isinstance(term.right, Own) else shared[term.right]  # (b, in)
+        right = _outer(term.right, shared, tensors)  # (b, in)
         match term.core.kind:
             case "full" if core[0].shape[0] <= core[0].shape[1]:
                 right = core[0] @ right
@@ -186,3 +203,14 @@ def decode(
         rights.append(right)
     device = lefts[-1].device
     return torch.cat([x.to(device) for x in lefts]).T, torch.cat([x.to(device) for x in rights])
+
+
+def _outer(side: int | Own, shared: Mapping[int, Tensor], own: Iterator[Tensor]) -> Tensor:
+    """L^T or R^T as stored."""
+    if isinstance(side, int):
+        return shared[side]
+    rows = next(own)
+    if side.basis is None:
+        return rows
+    basis = shared[side.basis]
+    return rows.to(basis.device) + next(own).to(basis.device) @ basis
