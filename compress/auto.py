@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -24,10 +23,11 @@ from lorazip.compress.curves import Curve
 from lorazip.compress.pricing import LOADED
 from lorazip.compress.profile import NOTHING, ORIGINAL, RATES, WHOLE, Bases, Profile
 from lorazip.errors import UndecidedError
-from lorazip.terms import own_slots
 
-MENU = 96  # profiles at most, and as many of whole numbers for bounds near zero
-AROUND = (0.2, 0.4, 0.7, 1.0, 1.4, 2.5, 5.0)  # times the worth found: where profiles are asked for
+MENU = 250  # profiles at most, besides those of floating-point numbers
+LISTED = 120  # bytes that a profile costs by being there: its form, and that others' numbers grow longer
+SAMPLE = 700  # modules of adapters that the menu is made for
+AROUND = (0.6, 1.6)  # times the worth found: where profiles are asked for
 ROUNDS = 2  # of bases and worth
 STEPS = 24  # of a search for a worth
 TRIES = 8  # plans whose bytes are counted to meet a budget
@@ -116,35 +116,89 @@ def settled(curves: Sequence[Curve], aim: Aim, dtype: str) -> tuple[tuple[Bases,
     bases: tuple[Bases, ...] = (Bases(),) * len(curves)
     for _ in range(ROUNDS):
         worth = aim(bases)
-        bases = tuple(
-            pricing.best_bases(c, worth, dtype, b) for c, b in zip(curves, bases, strict=True)
-        )
+        bases = tuple(pricing.best_bases(c, worth, dtype, b) for c, b in zip(curves, bases, strict=True))
     return bases, aim(bases)
 
 
 def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: str) -> list[Profile]:
-    """The profiles most wanted around that worth: nothing first, the original last."""
-    wanted: Counter[tuple[tuple[int, ...], int]] = Counter()
+    """The profiles that together serve best around that worth: nothing first, the original last.
+
+    Every unit (a module of an adapter) at several worths is a customer, and what it would take by itself is on offer.
+    Greedily the offer that saves all customers most is taken, as long as it saves more than listing it costs.
+    """
+    offers: dict[Profile, None] = {}
     for factor in AROUND:
         for c, b in zip(curves, bases, strict=True):
             one = pricing.priced(c, b, factor * worth, dtype)
-            rows = (tuple(rates) for rates in one.rates.tolist())
-            wanted.update(zip(rows, one.loaded.tolist(), strict=True))
-    found: dict[Profile, int] = {}
-    for (rates, loaded), count in wanted.items():
-        each = pricing.profile(rates, loaded)
-        found[each] = found.get(each, 0) + count
-    found.pop(NOTHING, None)
-    most = sorted((p for p in found if p.nameable), key=lambda p: -found[p])[:MENU]
+            for rates, loaded in zip(one.rates.tolist(), one.loaded.tolist(), strict=True):
+                offers[pricing.profile(rates, loaded)] = None
+    found = [NOTHING, *(p for p in offers if p.rank and p.nameable)]
+    step = -(-sum(len(c.having) for c in curves) // SAMPLE)
+    costs, at = [], 0
+    for c, b in zip(curves, bases, strict=True):
+        rows = list(range(-at % step, len(c.having), step))
+        at += len(c.having)
+        residuals, nbytes = predicted(c, b, found, dtype, rows)
+        mu = worth[[c.having[i] for i in rows]][:, None]
+        costs += [factor * mu * residuals + nbytes for factor in AROUND]
+    whole = torch.cat(costs) * (step / len(AROUND))  # (customers, offers)
+    served, chosen = whole[:, 0], [0]
+    while len(chosen) < MENU:
+        saved = (served[:, None] - whole).clamp_min(0).sum(0)
+        best = int(saved.argmax())
+        if float(saved[best]) <= LISTED:
+            break
+        chosen.append(best)
+        served = torch.minimum(served, whole[:, best])
     widest = max(max(c.ranks) for c in curves)
     plain = [Profile((WHOLE,) * r, (WHOLE,) * r) for r in range(1, widest + 1)] if widest <= MENU else []
-    return [NOTHING, *dict.fromkeys([*most, *plain]), ORIGINAL]
+    return [*dict.fromkeys([*(found[i] for i in chosen), *plain]), ORIGINAL]
+
+
+def predicted(
+    curve: Curve, bases: Bases, profiles: Sequence[Profile], dtype: str, rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Residuals (n, c), infinite where an adapter has no such profile, and bytes (c,) of profiles for some adapters.
+
+    Args:
+        profiles: none of them the original.
+        rows: places in the curve.
+    """
+    squares = curve.sigma[list(rows)].square()
+    ranks = torch.tensor(curve.ranks)[list(rows)]
+    most = squares.shape[1]
+    residuals = torch.full((len(rows), len(profiles)), torch.inf, dtype=torch.float64)
+    nbytes = torch.zeros(len(profiles), dtype=torch.float64)
+    place = {rate: i for i, rate in enumerate(RATES)}
+    rates = torch.full((2, most, len(profiles)), len(RATES))  # one more: the component is left out
+    for i, p in enumerate(profiles):
+        if 0 < p.rank <= most:
+            rates[:, : p.rank, i] = torch.tensor([[place[r] for r in side] for side in (p.left, p.right)])
+    for loaded in LOADED:
+        used = [b if on else None for b, on in zip((bases.left, bases.right), loaded, strict=True)]
+        mine = [i for i, p in enumerate(profiles) if p.loaded == loaded and p.rank <= most]
+        if not mine or any(on and b is None for on, b in zip(loaded, used, strict=True)):
+            continue
+        captured = squares[:, :, None]
+        for side, basis in enumerate(used):
+            kept = (1 - pricing.leftover(curve, side, basis)).double()
+            kept = kept[list(rows)] if basis else kept.expand(len(rows), most, -1)
+            at = rates[side][:, mine]
+            captured = captured * torch.nn.functional.pad(kept, (0, 1)).gather(
+                2, at.expand(len(rows), -1, -1)
+            )
+            sizes = torch.nn.functional.pad(pricing.side_bytes(curve, side, basis, dtype), (0, 1))
+            nbytes[mine] += sizes[at].sum(0).double()
+        left = (squares.sum(1, keepdim=True) - captured.sum(1)).clamp_min(0)
+        short = ranks[:, None] < torch.tensor([profiles[i].rank for i in mine])
+        residuals[:, mine] = torch.where(short, torch.inf, left)
+    return residuals, nbytes
 
 
 def tables(
     curves: Sequence[Curve], bases: tuple[Bases, ...], choices: list[Profile], adapters: int, dtype: str
 ) -> Tables:
-    """Predict every profile."""
+    """Predict every profile of a menu."""
     nbytes = torch.zeros(adapters, len(curves), len(choices), dtype=torch.float64)
     residuals = torch.full_like(nbytes, torch.inf)
     residuals[..., 0] = 0  # a module that an adapter lacks
@@ -152,40 +206,11 @@ def tables(
     for m, (each, shared) in enumerate(zip(curves, bases, strict=True)):
         rows = list(each.having)
         energies[rows] += each.energies
-        squares = each.sigma.square()
-        tails = torch.nn.functional.pad(squares, (0, 1)).flip(1).cumsum(1).flip(1)  # (n, r + 1)
-        ranks = torch.tensor(each.ranks)
-        held = {
-            loaded: [
-                1 - pricing.leftover(each, side, basis if on else None).double().expand(*squares.shape, -1)
-                for side, (basis, on) in enumerate(zip((shared.left, shared.right), loaded, strict=True))
-            ]
-            for loaded in LOADED
-            if all(basis or not on for basis, on in zip((shared.left, shared.right), loaded, strict=True))
-        }
-        for c, choice in enumerate(choices):
-            k = choice.rank
-            if choice.original:
-                nbytes[rows, m, c] = each.original_bytes
-                residuals[rows, m, c] = 0
-            elif choice.loaded in held and k <= squares.shape[1]:
-                nbytes[rows, m, c] = float(own_bytes(choice, shared, each.shape, dtype))
-                kept = torch.zeros(len(rows), dtype=torch.float64)
-                if k:
-                    left, right = (
-                        one[:, torch.arange(k), [RATES.index(x) for x in rates]]
-                        for one, rates in zip(held[choice.loaded], (choice.left, choice.right), strict=True)
-                    )
-                    kept = (squares[:, :k] * left * right).sum(1)
-                predicted = (squares[:, :k].sum(1) - kept).clamp_min(0) + tails[:, k]
-                residuals[rows, m, c] = torch.where(ranks >= k, predicted, torch.inf)
+        found, sizes = predicted(each, shared, choices[:-1], dtype, range(len(rows)))
+        residuals[rows, m] = torch.nn.functional.pad(found, (0, 1))
+        nbytes[rows, m, :-1] = sizes
+        nbytes[rows, m, -1] = each.original_bytes
     return Tables(choices, bases, nbytes, residuals, energies)
-
-
-def own_bytes(choice: Profile, bases: Bases, shape: tuple[int, int], dtype: str) -> int:
-    """Bytes of an adapter's own tensors in one module."""
-    slots = own_slots(choice.form(bases, dtype), bases.layout, *shape)
-    return sum(part.nbytes for slot in slots for part in slot.parts())
 
 
 def within_bytes(table: Tables, budget: float, weights: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def directions(module: Module) -> Pair:
     """
     stack = module.stack
     if len(stack) < LEAST or float(module.energies.sum()) == 0:
-        return Pair(stack.left.new_zeros(stack.left.shape[1], 0), stack.right.new_zeros(stack.right.shape[1], 0))
+        return Pair(
+            stack.left.new_zeros(stack.left.shape[1], 0), stack.right.new_zeros(stack.right.shape[1], 0)
+        )
     pair = joint.leading_directions(stack.scaled(module.weights.sqrt()), max(SIZES))
     most = sum(stack.ranks) // 4
     left, right = (side[:, : min(most, side.shape[0] // 4)] for side in (pair.left, pair.right))

@@ -19,15 +19,18 @@ from lorazip.bundle import Bundle
 from lorazip.compress import cluster, encode, finished, partial, planning, shards, sides
 from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble, module_errors
 from lorazip.compress.auto import Plan
+from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
+from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
 from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
 from lorazip.terms import described
 
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
+TOGETHER = 600  # modules of adapters that auto encodes together: enough rows of every rate, few enough bytes
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
 Known = dict[tuple[int, Plan], Shard]
@@ -194,33 +197,45 @@ def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progr
     if spec.method == "auto":
         return _encode_planned(inputs, spec, folder, progress)
 
-    def one(index: int, name: str) -> Shard:
-        path = folder and folder / f"{index:05d}.safetensors"
-        return _encode_one(inputs, name, path, lambda factors: encode.encode(name, factors, spec))
+    def one(indices: Sequence[int]) -> list[Shard]:
+        paths = [folder and folder / f"{index:05d}.safetensors" for index in indices]
+        return _encode_some(
+            inputs, indices, paths, lambda found: [encode.encode(name, own, spec) for _, name, own in found]
+        )
 
-    return _each(inputs, spec, one, "compressing", progress)
+    return _each([[index] for index in range(len(inputs.modules))], spec, one, "compressing", progress)
 
 
 def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
     """Choose for all modules, encode them, and choose again where a bound is missed."""
-    surveyed = _each(inputs, spec, lambda _, name: planning.survey(inputs, spec, name), "choosing", progress)
-    choice = planning.choose(inputs, spec, surveyed)
+    names = list(inputs.modules)
+
+    def survey(indices: Sequence[int]) -> list[Curve]:
+        return [planning.survey(inputs, spec, names[index]) for index in indices]
+
+    single = [[index] for index in range(len(names))]
+    choice = planning.choose(inputs, spec, _each(single, spec, survey, "choosing", progress))
     done: Known = {}
     while True:
         plans = choice.plans
-        known = done
 
-        def one(index: int, name: str, plans: list[Plan] = plans, known: Known = known) -> Shard:
-            plan = plans[index]
-            if (index, plan) in known:
-                return known[index, plan]
-            path = folder and folder / f"{index:05d}-{plan.digest}.safetensors"
-            return _encode_one(
-                inputs, name, path, lambda factors: sides.encode_planned(name, factors, spec, plan)
+        def some(indices: Sequence[int], plans: list[Plan] = plans) -> list[Shard]:
+            paths = [folder and folder / f"{i:05d}-{plans[i].digest}.safetensors" for i in indices]
+            return _encode_some(
+                inputs,
+                indices,
+                paths,
+                lambda found: sides.encode_planned([Task(n, own, plans[i]) for i, n, own in found], spec),
             )
 
-        encoded = _each(inputs, spec, one, "compressing", progress)
-        done = {(index, plan): encoded[index] for index, plan in enumerate(plans)}
+        todo = [i for i, plan in enumerate(plans) if (i, plan) not in done]
+        size = max(1, min(TOGETHER // len(inputs.adapters), len(todo) // (2 * WORKERS)))
+        bunches = [todo[at : at + size] for at in range(0, len(todo), size)]
+        found = _each(bunches, spec, some, "compressing", progress)
+        done = {(i, plans[i]): shard for i, shard in zip(todo, found, strict=True)} | {
+            key: shard for key, shard in done.items() if key[1] == plans[key[0]]
+        }
+        encoded = [done[i, plan] for i, plan in enumerate(plans)]
         again = planning.repaired(inputs, spec, choice, encoded)
         if again is None:
             return encoded
@@ -228,9 +243,13 @@ def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: P
 
 
 def _each(
-    inputs: Inputs, spec: Spec, work: Callable[[int, str], Done], what: str, progress: Progress
+    bunches: Sequence[Sequence[int]],
+    spec: Spec,
+    work: Callable[[Sequence[int]], list[Done]],
+    what: str,
+    progress: Progress,
 ) -> list[Done]:
-    """Something for every module, in order, several at a time.
+    """Something for every bunch of modules, in order, several bunches at a time.
 
     Modules are independent, and most of their steps are too small to keep several cores busy: two modules side by side
     on one core each are faster than one after the other on both. A GPU gets one at a time.
@@ -240,33 +259,50 @@ def _each(
     pool = ThreadPoolExecutor(
         workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
     )
+    total = sum(map(len, bunches))
     try:
-        futures = [pool.submit(work, index, name) for index, name in enumerate(inputs.modules)]
-        done = []
+        futures = [pool.submit(work, bunch) for bunch in bunches]
+        done: list[Done] = []
         for future in futures:
-            done.append(future.result())
-            progress(what, len(done), len(futures))
+            done += future.result()
+            progress(what, len(done), total)
         return done
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_one(
-    inputs: Inputs, name: str, path: Path | None, encoder: Callable[[Sequence[LowRank]], ModuleCode]
-) -> Shard:
-    """One module: its shard, made and written (path None: only described) where it is not there yet."""
-    shape = inputs.modules[name]
-    found = None if path is None else shards.read(path, *shape)
-    if found is not None:
-        return found
-    factors = [adapter.low_rank(name) for adapter in inputs.adapters if name in adapter.modules]
-    code = encoder(factors)
-    if path is None:
-        return shards.describe(code, *shape)
-    shards.write(path, code)
-    written = shards.read(path, *shape)
-    assert written is not None, path
-    return written
+Loaded = tuple[
+    int, str, Sequence[LowRank]
+]  # a module's place and name, and its factors of the adapters that have it
+
+
+def _encode_some(
+    inputs: Inputs,
+    indices: Sequence[int],
+    paths: Sequence[Path | None],
+    encoder: Callable[[Sequence[Loaded]], list[ModuleCode]],
+) -> list[Shard]:
+    """Some modules: their shards, made and written (paths None: only described) where one is not there yet."""
+    names = list(inputs.modules)
+    shapes = [inputs.modules[names[index]] for index in indices]
+    found = [path and shards.read(path, *shape) for path, shape in zip(paths, shapes, strict=True)]
+    whole = [shard for shard in found if shard is not None]
+    if len(whole) == len(found):
+        return whole
+    loaded = []
+    for index in indices:
+        having = [adapter for adapter in inputs.adapters if names[index] in adapter.modules]
+        loaded.append((index, names[index], [adapter.low_rank(names[index]) for adapter in having]))
+    made = []
+    for code, path, shape in zip(encoder(loaded), paths, shapes, strict=True):
+        if path is None:
+            made.append(shards.describe(code, *shape))
+            continue
+        shards.write(path, code)
+        written = shards.read(path, *shape)
+        assert written is not None, path
+        made.append(written)
+    return made
 
 
 def _write(

@@ -66,9 +66,7 @@ def side_bytes(curve: Curve, side: int, basis: Basis | None, dtype: str) -> Tens
 def basis_bytes(curve: Curve, bases: Bases) -> int:
     """Bytes of a module's shared tensors."""
     sides = ((bases.left, curve.shape[0]), (bases.right, curve.shape[1]))
-    return sum(
-        part.nbytes for b, width in sides if b for part in codec(b.codec).parts((b.columns, width))
-    )
+    return sum(part.nbytes for b, width in sides if b for part in codec(b.codec).parts((b.columns, width)))
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,9 @@ class Priced:
     loaded: Tensor
 
 
-def priced(curve: Curve, bases: Bases, worth: Tensor, dtype: str, flags: Sequence[int] | None = None) -> Priced:
+def priced(
+    curve: Curve, bases: Bases, worth: Tensor, dtype: str, flags: Sequence[int] | None = None
+) -> Priced:
     """The best profile of every adapter that has the module.
 
     Args:
@@ -108,9 +108,7 @@ def priced(curve: Curve, bases: Bases, worth: Tensor, dtype: str, flags: Sequenc
     def pick(name: str) -> Tensor:
         return torch.stack([getattr(one, name) for one in found])[best, rows]
 
-    return Priced(
-        pick("cost"), pick("residual"), pick("nbytes"), pick("rates"), torch.tensor(flags)[best]
-    )
+    return Priced(pick("cost"), pick("residual"), pick("nbytes"), pick("rates"), torch.tensor(flags)[best])
 
 
 def _priced(
@@ -126,7 +124,9 @@ def _priced(
     most, at = gain.max(2)
     kept = most > 0
     at = torch.where(kept, at, -1)
-    captured = (energy * held.expand(*energy.shape, -1).gather(2, at.clamp_min(0)[..., None])[..., 0] * kept).sum(1)
+    captured = (
+        energy * held.expand(*energy.shape, -1).gather(2, at.clamp_min(0)[..., None])[..., 0] * kept
+    ).sum(1)
     residual = (energy.double().sum(1) - captured.double()).clamp_min(0)
     taken = (nbytes[at.clamp_min(0)] * kept).sum(1)
     return Priced(value.sum(1) - most.clamp_min(0).sum(1), residual, taken.double(), at, at)
@@ -135,9 +135,13 @@ def _priced(
 def profile(rates: Sequence[int], loaded: int) -> Profile:
     """The profile of one adapter's row of `Priced.rates`."""
     pairs = [divmod(at, len(RATES)) for at in rates if at >= 0]
-    return Profile(
-        tuple(RATES[left] for left, _ in pairs), tuple(RATES[right] for _, right in pairs), LOADED[loaded]
-    ) if pairs else Profile()
+    return (
+        Profile(
+            tuple(RATES[left] for left, _ in pairs), tuple(RATES[right] for _, right in pairs), LOADED[loaded]
+        )
+        if pairs
+        else Profile()
+    )
 
 
 def best_bases(curve: Curve, worth: Tensor, dtype: str, start: Bases) -> Bases:

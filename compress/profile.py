@@ -134,5 +134,3 @@ def runs(rates: tuple[float, ...]) -> Iterator[tuple[float, slice]]:
 def row_bytes(rate: float, width: int, dtype: str, unit: bool) -> int:
     """Bytes of one own row alone."""
     return sum(part.nbytes for part in codec(row_codec(rate, dtype, unit)).parts((1, width)))
-
-

@@ -1,4 +1,4 @@
-"""Encoding one module as planned: shared bases, then every adapter's right rows, then its left rows for those.
+"""Encoding modules as planned: shared bases, then every adapter's right rows, then its left rows for those.
 
 The right rows are the singular vectors themselves. Their codes decode to conditional means, so what is stored has less
 energy than the vector and the loss is orthogonal to it. The left rows are then solved again for the rounded right ones,
@@ -6,12 +6,13 @@ energy than the vector and the loss is orthogonal to it. The left rows are then 
     min_U ||D_i - U^T V^||    U = (V^ V^^T)^-1 V^ D_i^T
 
 which makes good for scales and for what rounded rows share, and are rounded in turn. Loadings are fitted last on each
-side: to the row less its own rounded part. Rows of one rate of all adapters are encoded together.
+side: to the row less its own rounded part. Several modules are encoded together, because the rows of one rate and width
+are: a trellis takes as many steps for ten rows as for hundreds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from lorazip.compress.allocate import Module
 from lorazip.compress.auto import Plan
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.lowrank import Stack
-from lorazip.compress.profile import INT8, Basis, Profile, loading_bits, row_codec, runs
+from lorazip.compress.profile import INT8, Basis, loading_bits, row_codec, runs
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.errors import CodecError
@@ -36,39 +37,123 @@ RIDGE = 1e-9
 Parts = tuple[Tensor, ...]
 
 
-def encode_planned(name: str, factors: Sequence[LowRank], spec: Spec, plan: Plan) -> ModuleCode:
-    """Encode one module as planned: a pure function of the factors, the options and the plan.
+@dataclass(frozen=True)
+class Task:
+    """One module to encode: its name, the factors of the adapters that have it, and the plan for them."""
+
+    name: str
+    factors: Sequence[LowRank]
+    plan: Plan
+
+
+def encode_planned(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
+    """Encode some modules as planned: a pure function of factors, options and plans.
 
     Raises:
         CodecError: a value does not fit its codec.
     """
-    module, loaded = encode.prepare(name, factors, spec)
-    try:
-        shared, bases = _bases(module, plan)
-        own = [OwnFactors((), ())] * len(plan.profiles)
-        coded = [i for i, p in enumerate(plan.profiles) if p.rank and module.energies[i] > 0]
+    ready = [_Ready.of(task, spec) for task in tasks]
+    busy = [one for one in ready if one.coded]
+    _encode([one.right for one in busy], spec.dtype, unit=True)
+    for one in busy:
+        one.left.rows = one.solved()
+    _encode([one.left for one in busy], spec.dtype, unit=False)
+    return [one.finished(spec) for one in ready]
+
+
+@dataclass
+class _Side:
+    """The rows of one side of some adapters of one module while they are encoded.
+
+    Attributes:
+        rows: (n, k, d) to be stored; rows beyond an adapter's rank are zero.
+        rates: of every adapter's rows.
+        loaded: (n,) which adapters have loadings on the basis.
+        basis: (b, d) as it decodes; b = 0 without one.
+        values: (n, k, d) what is stored decodes to.
+        own: for every adapter the parts of its rows, run of equal rates by run.
+        loadings: likewise the parts of its loadings, run of equal bits by run.
+    """
+
+    rows: Tensor
+    rates: list[tuple[float, ...]]
+    loaded: Tensor
+    basis: Tensor
+    values: Tensor = field(init=False)
+    own: list[dict[int, Parts]] = field(init=False)
+    loadings: list[list[Parts]] = field(init=False)
+
+    def parts(self, i: int) -> Iterator[Parts]:
+        """Of adapter i's tensors: its rows, then its loadings if it has any."""
+        yield tuple(part for _, parts in sorted(self.own[i].items()) for part in parts)
+        if self.loadings[i]:
+            yield tuple(part for parts in self.loadings[i] for part in parts)
+
+
+@dataclass
+class _Ready:
+    """A module on its way."""
+
+    task: Task
+    module: Module
+    loaded: Stack
+    shared: tuple[Parts, ...]
+    coded: list[int]
+    part: Stack
+    left: _Side
+    right: _Side
+
+    @staticmethod
+    def of(task: Task, spec: Spec) -> _Ready:
+        module, loaded = encode.prepare(task.name, task.factors, spec)
+        shared, bases = _bases(module, task.plan)
+        coded = [i for i, p in enumerate(task.plan.profiles) if p.rank and module.energies[i] > 0]
+        part = module.stack.select(coded or [0])
+        profiles = [task.plan.profiles[i] for i in coded]
+        most = max((p.rank for p in profiles), default=0)
+        device = part.left.device
+        inside = torch.tensor([[j < p.rank for j in range(most)] for p in profiles], device=device)
+        sides = []
+        for side, (rows, rates) in enumerate(
+            ((part.left, [p.left for p in profiles]), (part.right, [p.right for p in profiles]))
+        ):
+            kept = part.pad(rows)[: len(coded), :most].float() * inside.view(len(coded), most, 1)
+            on = torch.tensor([p.loaded[side] for p in profiles], dtype=torch.bool, device=device)
+            sides.append(_Side(kept, rates, on, bases[side]))
+        return _Ready(task, module, loaded, shared, coded, part, sides[0], sides[1])
+
+    def solved(self) -> Tensor:
+        """The left rows that go best with the right ones as stored: (n, k, out)."""
+        fixed = self.right.values.double()
+        gram = fixed @ fixed.mT
+        size = gram.diagonal(dim1=1, dim2=2)
+        # A row of zeros (beyond the rank, or nothing stored) gets one on the diagonal and so a zero row.
+        gram = gram + torch.diag_embed(torch.where(size > 0, RIDGE * size, 1))
+        left, right = (self.part.pad(rows).double() for rows in (self.part.left, self.part.right))
+        return (torch.linalg.solve(gram, fixed @ right.mT) @ left).float()
+
+    def finished(self, spec: Spec) -> ModuleCode:
+        plan, own = self.task.plan, [OwnFactors((), ())] * len(self.task.plan.profiles)
+        for at, i in enumerate(self.coded):
+            parts = (*self.left.parts(at), *self.right.parts(at))
+            own[i] = OwnFactors(plan.profiles[i].form(plan.bases, spec.dtype), (), parts=parts)
         for i, p in enumerate(plan.profiles):
-            if p.original and module.energies[i] > 0:
-                own[i] = svd.original(factors[i])
-        if coded:
-            profiles = [plan.profiles[i] for i in coded]
-            stored = _rows(module.stack.select(coded), profiles, bases, spec.dtype)
-            for i, p, (left, right) in zip(coded, profiles, stored, strict=True):
-                own[i] = OwnFactors(p.form(plan.bases, spec.dtype), (), parts=(*left, *right))
-        return encode.measured(module, loaded, plan.bases.layout, shared, own)
-    except CodecError as error:
-        raise CodecError(f"{name}: {error}") from error
+            if p.original and self.module.energies[i] > 0:
+                own[i] = svd.original(self.task.factors[i])
+        try:
+            return encode.measured(self.module, self.loaded, plan.bases.layout, self.shared, own)
+        except CodecError as error:
+            raise CodecError(f"{self.task.name}: {error}") from error
 
 
-def _bases(module: Module, plan: Plan) -> tuple[tuple[Parts, ...], tuple[Tensor | None, Tensor | None]]:
-    """The parts of the shared tensors, and both as they decode: (columns, out) and (columns, in), or None."""
+def _bases(module: Module, plan: Plan) -> tuple[tuple[Parts, ...], tuple[Tensor, Tensor]]:
+    """The parts of the shared tensors, and both as they decode: (columns, out) and (columns, in), columns 0 for none."""
     parts: list[Parts] = []
-    decoded: list[Tensor | None] = [None, None]
+    decoded = [module.stack.left[:0], module.stack.right[:0]]
     if plan.bases.layout:
         pair = curves.directions(module)
-        for side, (columns, basis) in enumerate(
-            ((pair.left, plan.bases.left), (pair.right, plan.bases.right))
-        ):
+        sides = ((pair.left, plan.bases.left), (pair.right, plan.bases.right))
+        for side, (columns, basis) in enumerate(sides):
             if basis is not None:
                 parts.append(_basis(columns, basis))
                 slot = Slot((basis.columns, columns.shape[0]), basis.codec)
@@ -82,138 +167,78 @@ def _basis(columns: Tensor, basis: Basis) -> Parts:
     return codec(basis.codec).encode(rows)
 
 
-@dataclass
-class _Side:
-    """The rows of one side of some adapters while they are encoded.
-
-    Attributes:
-        rows: (n, k, d) to be stored; rows beyond an adapter's rank are zero.
-        values: (n, k, d) what is stored decodes to.
-        own: for every adapter the parts of its rows, run of equal rates by run.
-        loadings: likewise the parts of its loadings.
-    """
-
-    rows: Tensor
-    values: Tensor = field(init=False)
-    own: list[list[Parts]] = field(init=False)
-    loadings: list[list[Parts]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = torch.zeros_like(self.rows)
-        self.own = [[] for _ in self.rows]
-        self.loadings = [[] for _ in self.rows]
-
-    def parts(self, i: int) -> list[Parts]:
-        """Of adapter i's tensors: its rows, then its loadings if there are any."""
-        tensors = [self.own[i], self.loadings[i]]
-        return [tuple(p for parts in tensor for p in parts) for tensor in tensors if tensor]
-
-
-def _rows(
-    stack: Stack, profiles: Sequence[Profile], bases: tuple[Tensor | None, Tensor | None], dtype: str
-) -> list[tuple[list[Parts], list[Parts]]]:
-    """The parts of the left and of the right tensors of every adapter."""
-    most = max(p.rank for p in profiles)
-    left, right = stack.pad(stack.left).float(), stack.pad(stack.right).float()
-    inside = torch.tensor([[j < p.rank for j in range(most)] for p in profiles], device=left.device)[..., None]
-    second = _Side(right[:, :most] * inside)
-    _encode(second, [p.right for p in profiles], [p.loaded[1] for p in profiles], bases[1], dtype, unit=True)
-    fixed = second.values.double()
-    gram = fixed @ fixed.mT
-    size = gram.diagonal(dim1=1, dim2=2)
-    # A row of zeros (beyond the rank, or nothing stored) gets one on the diagonal and so a zero row.
-    gram = gram + torch.diag_embed(torch.where(size > 0, RIDGE * size, 1))
-    solved = torch.linalg.solve(gram, fixed @ right.double().mT) @ left.double()
-    first = _Side(solved.float())
-    _encode(first, [p.left for p in profiles], [p.loaded[0] for p in profiles], bases[0], dtype, unit=False)
-    return [(first.parts(i), second.parts(i)) for i in range(len(profiles))]
-
-
-def _encode(
-    side: _Side,
-    rates: Sequence[tuple[float, ...]],
-    loaded: Sequence[bool],
-    basis: Tensor | None,
-    dtype: str,
-    unit: bool,
-) -> None:
-    """Round the rows of one side, all of one rate at a time.
+def _encode(sides: Sequence[_Side], dtype: str, unit: bool) -> None:
+    """Round the rows of these sides, all of one rate and width together.
 
     Args:
-        rates: of every adapter's rows.
-        loaded: which adapters have loadings on the basis (columns, d).
         unit: rows by a trellis code have no scale: they are brought to unit variance first.
     """
-    if basis is None:
-        basis = side.rows.new_zeros(0, side.rows.shape[2])
-    inverse = torch.linalg.pinv(basis.double() @ basis.double().T, hermitian=True)
-    groups: dict[tuple[float, bool], list[tuple[int, slice]]] = {}
-    for i, each in enumerate(rates):
-        for rate, run in runs(each):
-            groups.setdefault((rate, loaded[i]), []).append((i, run))
-    done: dict[tuple[int, int], Parts] = {}
-    shape = *side.rows.shape[:2], len(basis)
-    loadings, scales = side.rows.new_zeros(shape), side.rows.new_zeros(shape[:2])
-    for (rate, on), members in groups.items():
-        rows = torch.cat([side.rows[i, run] for i, run in members])
-        values, own, rest = _round(rows, rate, dtype, unit, given=(basis, inverse) if on else None)
-        at = 0
-        for i, run in members:
-            end = at + run.stop - run.start
-            side.values[i, run] = values[at:end]
-            done[i, run.start] = own(at, end)
-            if rest is not None:
-                loadings[i, run], scales[i, run] = rest[0][at:end], rest[1][at:end]
-            at = end
-    for i, start in sorted(done):
-        side.own[i].append(done[i, start])
-    for i, each in enumerate(rates):
-        for bits, run in runs(tuple(map(loading_bits, each))) if loaded[i] else ():
-            side.loadings[i].append(Integers(bits).store(loadings[i, run], [scales[i, run]]))
+    groups: dict[tuple[float, int], list[tuple[_Side, Tensor, int, slice]]] = {}
+    for side in sides:
+        inverse = torch.linalg.pinv(side.basis.double() @ side.basis.double().T, hermitian=True)
+        apart = side.rows - _loadings(side.rows, side.basis, inverse, side.loaded) @ side.basis
+        if unit:
+            coded = torch.zeros(apart.shape[:2], dtype=torch.bool)
+            for i, each in enumerate(side.rates):
+                coded[i, : len(each)] = torch.tensor([0 < rate < INT8 for rate in each])
+            size = torch.linalg.vector_norm(apart, dim=2) / apart.shape[2] ** 0.5
+            size = torch.where(coded.to(size.device) & (size > 0), size, 1)[..., None]
+            side.rows, apart = side.rows / size, apart / size
+        side.values = torch.zeros_like(side.rows)
+        side.own = [{} for _ in side.rates]
+        for i, each in enumerate(side.rates):
+            for rate, run in runs(each):
+                groups.setdefault((rate, apart.shape[2]), []).append((side, apart, i, run))
+    for (rate, _), members in groups.items():
+        _round(members, row_codec(rate, dtype, unit))
+    for side in sides:
+        _load(side)
 
 
-Store = Callable[[int, int], Parts]  # first row, end -> the parts of a run
-
-
-def _round(
-    rows: Tensor, rate: float, dtype: str, unit: bool, given: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Store, tuple[Tensor, Tensor] | None]:
-    """Rows (m, d) of one rate.
-
-    Args:
-        given: the basis (b, d) and the inverse of its Gram matrix (b, b).
-
-    Returns:
-        what they decode to; what is stored of a run of them; and levels (m, b) and scales (m,) of their loadings.
-    """
-    apart = rows
-    if given is not None:
-        apart = rows - _loadings(rows, *given) @ given[0]
-    if unit and 0 < rate < INT8:
-        size = torch.linalg.vector_norm(apart, dim=1, keepdim=True) / apart.shape[1] ** 0.5
-        size = torch.where(size > 0, size, 1)
-        rows, apart = rows / size, apart / size
-    values, own = _stored(apart, row_codec(rate, dtype, unit))
-    if given is None:
-        return values, own, None
-    fitted, bits = _loadings(rows - values, *given), loading_bits(rate)
-    scales = quantized.best_scales(fitted, bits)
-    levels = quantized.levels(fitted, scales[:, None], bits)
-    return values + (levels * scales[:, None]) @ given[0], own, (levels, scales)
-
-
-def _loadings(rows: Tensor, basis: Tensor, inverse: Tensor) -> Tensor:
-    """(m, b) of least squares."""
-    return ((rows @ basis.T).double() @ inverse).to(rows.dtype)
-
-
-def _stored(rows: Tensor, name: str) -> tuple[Tensor, Store]:
-    """What rows decode to, and their parts, run by run."""
+def _round(members: Sequence[tuple[_Side, Tensor, int, slice]], name: str) -> None:
+    """Fill in values and parts of runs of rows by one codec."""
     by = codec(name)
-    if not isinstance(by, Coded):
+    rows = torch.cat([apart[i, run] for _, apart, i, run in members])
+    if isinstance(by, Coded) and by.rate:
+        codes, scales, values = by.fitted(rows)
+    elif isinstance(by, Coded):
+        codes, scales, values = rows[:, :0], rows[:, 0], torch.zeros_like(rows)
+    else:
         values = by.decode(by.encode(rows), rows.shape).to(rows)
-        return values, lambda at, end: by.encode(rows[at:end])
-    if not by.rate:
-        return torch.zeros_like(rows), lambda at, end: by.store(rows[:0, :0], [])
-    codes, scales, values = by.fitted(rows)
-    return values, lambda at, end: by.store(codes[at:end], [scales[at:end]])
+    at = 0
+    for side, _, i, run in members:
+        end = at + run.stop - run.start
+        side.values[i, run] = values[at:end]
+        if isinstance(by, Coded):
+            side.own[i][run.start] = by.store(codes[at:end], [scales[at:end]])
+        else:
+            side.own[i][run.start] = by.encode(rows[at:end])
+        at = end
+
+
+def _loadings(rows: Tensor, basis: Tensor, inverse: Tensor, loaded: Tensor) -> Tensor:
+    """(n, k, b) of least squares; zero for adapters without."""
+    return ((rows @ basis.T).double() @ inverse).to(rows.dtype) * loaded[:, None, None]
+
+
+def _load(side: _Side) -> None:
+    """Fit loadings to what the rows as stored leave, and round them."""
+    side.loadings = [[] for _ in side.rates]
+    if not bool(side.loaded.any()):
+        return
+    inverse = torch.linalg.pinv(side.basis.double() @ side.basis.double().T, hermitian=True)
+    fitted = _loadings(side.rows - side.values, side.basis, inverse, side.loaded)
+    bits = [tuple(map(loading_bits, each)) for each in side.rates]
+    known = sorted({b for each in bits for b in each})
+    of_row = torch.tensor([[*each, *[0] * (fitted.shape[1] - len(each))] for each in bits])
+    levels, scales = torch.zeros_like(fitted), fitted.new_zeros(fitted.shape[:2])
+    for count in known:
+        mask = (of_row == count).to(fitted.device) & side.loaded[:, None]
+        some = fitted[mask]
+        scales[mask] = found = quantized.best_scales(some, count)
+        levels[mask] = quantized.levels(some, found[:, None], count)
+    side.values += (levels * scales[..., None]) @ side.basis
+    for i in side.loaded.nonzero()[:, 0].tolist():
+        side.loadings[i] = [
+            Integers(int(count)).store(levels[i, run], [scales[i, run]]) for count, run in runs(bits[i])
+        ]

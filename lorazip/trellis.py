@@ -18,6 +18,7 @@ that the error depends on hardly anything but the rate (`DISTORTION`).
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,8 +42,9 @@ DISTORTION: dict[float, float] = {
 }  # fmt: skip
 BLOCK = 64  # neighbours that are turned together; what is left at the end of a row stays
 SIGNS = 0x9D5A3C716E84B21F  # bit j, the lowest first: 1 turns the sign of number j of a block
-WORK = 2**26  # bytes of the encoder's record of decisions
+WORK = 2**28  # bytes of the encoder's record at most
 ROWS = 256  # at a time: the costs of all states of so many fit a core's cache
+SPAN, SURE = 512, 64  # steps
 
 
 @dataclass(frozen=True)
@@ -68,62 +70,90 @@ class Trellis:
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes (rows, steps) int64 of the paths nearest to rows (rows, width) of about unit variance."""
-        found = torch.zeros(len(rows), self.steps(rows.shape[1]), dtype=torch.long, device=rows.device)
-        size = max(1, min(ROWS, WORK // max(1, found.shape[1] << (STATE - self.k))))
+        steps, parts = self.steps(rows.shape[1]), 2 ** (STATE - self.k)
+        found = torch.zeros(len(rows), steps, dtype=torch.long, device=rows.device)
+        kept = min(steps, SPAN + SURE)
+        size = max(1, min(ROWS, len(rows), WORK // max(1, 4 * kept * parts)))
+        record = _record(kept * parts * size, rows.device)
         for first in range(0, len(rows), size):
             some = turned(rows[first : first + size].float())
             padded = torch.nn.functional.pad(some, (0, -some.shape[1] % self.v))
-            found[first : first + size] = self._paths(padded.view(len(some), -1, self.v))
+            found[first : first + size] = self._paths(padded.view(len(some), steps, self.v), record)
         return found
 
-    def _paths(self, x: Tensor) -> Tensor:
+    def _paths(self, x: Tensor, record: Tensor) -> Tensor:
         """The codes of the nearest paths to x (rows, steps, v).
 
         States are in the first dimension. The states that reach s are those whose lower STATE - k bits are the upper
-        ones of s, so the best of the 2^k halves, quarters ... of the costs is the best way to 2^k successors at once.
+        ones of s, so the least of the 2^k equal parts of the costs is the best way to 2^k successors at once. Those
+        least costs are recorded; which part it was is found again for the one state that the path comes from. Paths
+        into any state agree SURE steps back, so that long rows are decided SPAN steps at a time.
+
+        Args:
+            record: work space for min(steps, SPAN + SURE) steps.
         """
         rows, steps, _ = x.shape
-        ways = 2**self.k
+        ways, parts = 2**self.k, 2 ** (STATE - self.k)
         table = self.table.to(x.device)
         energy = table.square().sum(1, keepdim=True)  # (S, 1)
         cost = x.new_full((len(table), rows), 1e30)
         cost[0] = 0
-        after = torch.empty_like(cost)
-        decisions = torch.empty(steps, len(table) // ways, rows, dtype=torch.uint8, device=x.device)
+        least = [x.new_empty(len(table) >> (bit + 1), rows) for bit in range(self.k - 1)]
         minus = (-2 * x).permute(1, 2, 0).contiguous()  # (steps, v, rows)
+        kept = min(steps, SPAN + SURE)
+        best = record[: kept * parts * rows].view(kept, parts, rows)
+        codes = torch.empty(rows, steps, dtype=torch.long, device=x.device)
+        decided = 0
         for t in range(steps):
-            best, decisions[t] = _best(cost, self.k)
+            if t - decided == kept:
+                self._trace(cost, best, minus, codes, t, decided, t - SURE)
+                decided = t - SURE
+            halves = cost
+            for bit in range(self.k):
+                one, two = halves.chunk(2)
+                halves = torch.minimum(one, two, out=least[bit] if bit < self.k - 1 else best[t % kept])
             # |x - c|^2 without |x|^2, which is the same on all paths
             if self.v == 1:
-                torch.addcmul(energy, table, minus[t], out=after)
+                torch.addcmul(energy, table, minus[t], out=cost)
             else:
-                torch.addmm(energy.expand_as(cost), table, minus[t], out=after)
-            after.view(-1, ways, rows).add_(best[:, None])
-            cost, after = after, cost
-        state = cost.argmin(0)
-        columns = torch.arange(rows, device=x.device)
-        codes = torch.empty(rows, steps, dtype=torch.long, device=x.device)
-        for t in reversed(range(steps)):
-            codes[:, t] = state & (ways - 1)
-            lower = state >> self.k
-            state = (decisions[t][lower, columns].long() << (STATE - self.k)) + lower
+                torch.addmm(energy.expand_as(cost), table, minus[t], out=cost)
+            cost.view(parts, ways, rows).add_(halves[:, None])
+        self._trace(cost, best, minus, codes, steps, decided, steps)
         return codes
 
+    def _trace(
+        self, cost: Tensor, best: Tensor, minus: Tensor, codes: Tensor, end: int, start: int, upto: int
+    ) -> None:
+        """Follow the best path back from step `end` to `start`, and fill in the codes of steps start to upto."""
+        table = self.table.to(cost.device)
+        energy = table.square().sum(1)
+        ways = torch.arange(2**self.k, device=cost.device)[:, None] << (STATE - self.k)
+        minus = minus[:, :, None] if self.v > 1 else minus
+        state = cost.argmin(0)
+        for t in reversed(range(start, end)):
+            if t < upto:
+                codes[:, t] = state
+            if t > start:
+                before = ways + (state >> self.k)  # (2^k, rows) states
+                # the cost of each, as it was
+                was = best[(t - 1) % len(best)].gather(0, before >> self.k) + energy[before]
+                if self.v == 1:
+                    was.addcmul_(table[:, 0][before], minus[t - 1])
+                else:
+                    was += (table.T[:, before] * minus[t - 1]).sum(0)
+                state = before.gather(0, was.argmin(0, keepdim=True))[0]
+        codes[:, start:upto] &= 2**self.k - 1
 
-def _best(cost: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The least of the 2^k equal parts of cost (S, rows), entry by entry, and which: (S / 2^k, rows) each."""
-    which: Tensor | None = None
-    for bit in reversed(range(k)):
-        half = len(cost) // 2
-        one, two = cost[:half], cost[half:]
-        second = two < one
-        cost = torch.minimum(one, two)
-        if which is None:
-            which = second.to(torch.uint8) << bit
-        else:
-            which = torch.where(second, which[half:] | (1 << bit), which[:half])
-    assert which is not None
-    return cost, which
+
+_reused = threading.local()
+
+
+def _record(count: int, device: torch.device) -> Tensor:
+    """Work space of this thread for so many numbers: fresh pages for every call would cost as much as the call."""
+    found: Tensor | None = getattr(_reused, "record", None)
+    if found is None or len(found) < count or found.device != device:
+        _reused.record = found = torch.empty(count, device=device)
+    return found
 
 
 @lru_cache(maxsize=None)
