@@ -1,8 +1,8 @@
 """The choice of `--method auto` over all modules and adapters (METHODS.md §5).
 
-1. A worth of residual in bytes is found at which all modules together take the bytes (or every adapter loses the energy)
-   that were asked for; modules take the bases that are best at it, and the worth is found again.
-2. Around that worth every module of every adapter says which profile it would take. The most wanted ones become the menu:
+1. A worth of residual in bytes is found at which all modules together take the bytes (or every adapter loses the
+   energy) that were asked for; modules take the bases that are best at it, and the worth is found again.
+2. Around that worth every module of every adapter says which profile it would take. The best of them become the menu:
    a bundle lists its forms once, so that few of them cost hardly any bytes.
 3. From the menu's predicted bytes and residuals `rate.choose` picks, exactly to the budget or bound.
 4. What was encoded is measured; where an adapter then misses its bound, the predictions of its modules are corrected by
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -26,7 +27,8 @@ from lorazip.errors import UndecidedError
 
 MENU = 250  # profiles at most, besides those of floating-point numbers
 LISTED = 120  # bytes that a profile costs by being there: its form, and that others' numbers grow longer
-SAMPLE = 700  # modules of adapters that the menu is made for
+OFFERS = 2000  # profiles that it is chosen from
+SAMPLE = 400  # modules of adapters that the menu is made for
 AROUND = (0.6, 1.6)  # times the worth found: where profiles are asked for
 ROUNDS = 2  # of bases and worth
 STEPS = 24  # of a search for a worth
@@ -123,22 +125,24 @@ def settled(curves: Sequence[Curve], aim: Aim, dtype: str) -> tuple[tuple[Bases,
 def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: str) -> list[Profile]:
     """The profiles that together serve best around that worth: nothing first, the original last.
 
-    Every unit (a module of an adapter) at several worths is a customer, and what it would take by itself is on offer.
-    Greedily the offer that saves all customers most is taken, as long as it saves more than listing it costs.
+    Some units (modules of adapters) at several worths are customers, and what units would take by themselves is on
+    offer. Greedily the offer that saves all customers most is taken, as long as it saves more than listing it costs.
     """
-    offers: dict[Profile, None] = {}
+    wanted: Counter[Profile] = Counter()
     for factor in AROUND:
         for c, b in zip(curves, bases, strict=True):
             one = pricing.priced(c, b, factor * worth, dtype)
-            for rates, loaded in zip(one.rates.tolist(), one.loaded.tolist(), strict=True):
-                offers[pricing.profile(rates, loaded)] = None
-    found = [NOTHING, *(p for p in offers if p.rank and p.nameable)]
+            units = Counter(zip(map(tuple, one.rates.tolist()), one.loaded.tolist(), strict=True))
+            for (rates, loaded), count in units.items():
+                wanted[pricing.profile(rates, loaded)] += count
+    offers = [NOTHING, *(p for p, _ in wanted.most_common() if p.rank and p.nameable)][:OFFERS]
+    table = _Rates.of(offers)
     step = -(-sum(len(c.having) for c in curves) // SAMPLE)
     costs, at = [], 0
     for c, b in zip(curves, bases, strict=True):
         rows = list(range(-at % step, len(c.having), step))
         at += len(c.having)
-        residuals, nbytes = predicted(c, b, found, dtype, rows)
+        residuals, nbytes = _predicted(c, b, table, dtype, rows)
         mu = worth[[c.having[i] for i in rows]][:, None]
         costs += [factor * mu * residuals + nbytes for factor in AROUND]
     whole = torch.cat(costs) * (step / len(AROUND))  # (customers, offers)
@@ -152,46 +156,69 @@ def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: 
         served = torch.minimum(served, whole[:, best])
     widest = max(max(c.ranks) for c in curves)
     plain = [Profile((WHOLE,) * r, (WHOLE,) * r) for r in range(1, widest + 1)] if widest <= MENU else []
-    return [*dict.fromkeys([*(found[i] for i in chosen), *plain]), ORIGINAL]
+    return [*dict.fromkeys([*(offers[i] for i in chosen), *plain]), ORIGINAL]
 
 
-def predicted(
-    curve: Curve, bases: Bases, profiles: Sequence[Profile], dtype: str, rows: Sequence[int]
+@dataclass(frozen=True)
+class _Rates:
+    """Some profiles, none of them the original, as tensors.
+
+    Attributes:
+        sides: (2, r, c) index of each row's rate; len(RATES) beyond the rank.
+        ranks: (c,).
+        loaded: (c,) index into LOADED.
+    """
+
+    sides: Tensor
+    ranks: Tensor
+    loaded: Tensor
+
+    @staticmethod
+    def of(profiles: Sequence[Profile]) -> _Rates:
+        most = max(p.rank for p in profiles)
+        place = {rate: i for i, rate in enumerate(RATES)}
+        out = [len(RATES)]
+        sides = [
+            [[place[r] for r in rates] + out * (most - len(rates)) for rates in (p.left, p.right)]
+            for p in profiles
+        ]
+        return _Rates(
+            torch.tensor(sides).permute(1, 2, 0),
+            torch.tensor([p.rank for p in profiles]),
+            torch.tensor([LOADED.index(p.loaded) for p in profiles]),
+        )
+
+
+def _predicted(
+    curve: Curve, bases: Bases, table: _Rates, dtype: str, rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Residuals (n, c), infinite where an adapter has no such profile, and bytes (c,) of profiles for some adapters.
 
     Args:
-        profiles: none of them the original.
         rows: places in the curve.
     """
     squares = curve.sigma[list(rows)].square()
     ranks = torch.tensor(curve.ranks)[list(rows)]
-    most = squares.shape[1]
-    residuals = torch.full((len(rows), len(profiles)), torch.inf, dtype=torch.float64)
-    nbytes = torch.zeros(len(profiles), dtype=torch.float64)
-    place = {rate: i for i, rate in enumerate(RATES)}
-    rates = torch.full((2, most, len(profiles)), len(RATES))  # one more: the component is left out
-    for i, p in enumerate(profiles):
-        if 0 < p.rank <= most:
-            rates[:, : p.rank, i] = torch.tensor([[place[r] for r in side] for side in (p.left, p.right)])
-    for loaded in LOADED:
+    most = min(squares.shape[1], table.sides.shape[1])
+    residuals = torch.full((len(rows), len(table.ranks)), torch.inf, dtype=torch.float64)
+    nbytes = torch.zeros(len(table.ranks), dtype=torch.float64)
+    for index, loaded in enumerate(LOADED):
         used = [b if on else None for b, on in zip((bases.left, bases.right), loaded, strict=True)]
-        mine = [i for i, p in enumerate(profiles) if p.loaded == loaded and p.rank <= most]
-        if not mine or any(on and b is None for on, b in zip(loaded, used, strict=True)):
+        mine = ((table.loaded == index) & (table.ranks <= most)).nonzero()[:, 0]
+        if not len(mine) or any(on and b is None for on, b in zip(loaded, used, strict=True)):
             continue
-        captured = squares[:, :, None]
+        captured = squares[:, :most, None]
         for side, basis in enumerate(used):
             kept = (1 - pricing.leftover(curve, side, basis)).double()
-            kept = kept[list(rows)] if basis else kept.expand(len(rows), most, -1)
-            at = rates[side][:, mine]
+            kept = kept[list(rows), :most] if basis else kept.expand(len(rows), most, -1)
+            at = table.sides[side, :most][:, mine]
             captured = captured * torch.nn.functional.pad(kept, (0, 1)).gather(
                 2, at.expand(len(rows), -1, -1)
             )
             sizes = torch.nn.functional.pad(pricing.side_bytes(curve, side, basis, dtype), (0, 1))
             nbytes[mine] += sizes[at].sum(0).double()
         left = (squares.sum(1, keepdim=True) - captured.sum(1)).clamp_min(0)
-        short = ranks[:, None] < torch.tensor([profiles[i].rank for i in mine])
-        residuals[:, mine] = torch.where(short, torch.inf, left)
+        residuals[:, mine] = torch.where(ranks[:, None] < table.ranks[mine], torch.inf, left)
     return residuals, nbytes
 
 
@@ -203,10 +230,11 @@ def tables(
     residuals = torch.full_like(nbytes, torch.inf)
     residuals[..., 0] = 0  # a module that an adapter lacks
     energies = torch.zeros(adapters, dtype=torch.float64)
+    coded = _Rates.of(choices[:-1])
     for m, (each, shared) in enumerate(zip(curves, bases, strict=True)):
         rows = list(each.having)
         energies[rows] += each.energies
-        found, sizes = predicted(each, shared, choices[:-1], dtype, range(len(rows)))
+        found, sizes = _predicted(each, shared, coded, dtype, range(len(rows)))
         residuals[rows, m] = torch.nn.functional.pad(found, (0, 1))
         nbytes[rows, m, :-1] = sizes
         nbytes[rows, m, -1] = each.original_bytes

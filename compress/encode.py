@@ -264,17 +264,30 @@ def measured(
     stored = Stack(
         torch.cat([x.to(device) for x in lefts]), torch.cat([x.to(device) for x in rights]), tuple(ranks)
     )
-    spectrum = module.sigma.square() / module.energies.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     residuals = residuals2(loaded, stored).cpu()
     residuals[[i for i, factors in enumerate(own) if factors.exact]] = 0
+    return described(module, loaded, layout, shared, [o.form for o in own], parts, residuals)
+
+
+def described(
+    module: Module,
+    loaded: Stack,
+    layout: Layout,
+    shared: tuple[tuple[Tensor, ...], ...],
+    forms: Sequence[Form],
+    parts: Sequence[tuple[Tensor, ...]],
+    residuals: Tensor,
+) -> ModuleCode:
+    """A module whose parts and residuals are known."""
+    spectrum = module.sigma.square() / module.energies.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     return ModuleCode(
         layout,
         shared,
-        tuple(o.form for o in own),
+        tuple(forms),
         tuple(parts),
         residuals,
         loaded.energies.cpu(),
-        (False,) * len(own),
+        (False,) * len(forms),
         spectrum.mean(0).cpu(),
     )
 

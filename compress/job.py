@@ -30,7 +30,7 @@ from lorazip.sources import Inputs, open_adapters
 from lorazip.terms import described
 
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
-TOGETHER = 600  # modules of adapters that auto encodes together: enough rows of every rate, few enough bytes
+TOGETHER = 2**24  # numbers of factors that auto encodes together: many rows of every rate, in some 100 MB
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
 Known = dict[tuple[int, Plan], Shard]
@@ -225,14 +225,12 @@ def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: P
                 inputs,
                 indices,
                 paths,
-                lambda found: sides.encode_planned([Task(n, own, plans[i]) for i, n, own in found], spec),
+                lambda ms: sides.encode_planned([Task(n, f, plans[i]) for i, n, f in ms], spec),
             )
 
         todo = [i for i, plan in enumerate(plans) if (i, plan) not in done]
-        size = max(1, min(TOGETHER // len(inputs.adapters), len(todo) // (2 * WORKERS)))
-        bunches = [todo[at : at + size] for at in range(0, len(todo), size)]
-        found = _each(bunches, spec, some, "compressing", progress)
-        done = {(i, plans[i]): shard for i, shard in zip(todo, found, strict=True)} | {
+        fresh = _each(_bunches(inputs, todo), spec, some, "compressing", progress)
+        done = {(i, plans[i]): shard for i, shard in zip(todo, fresh, strict=True)} | {
             key: shard for key, shard in done.items() if key[1] == plans[key[0]]
         }
         encoded = [done[i, plan] for i, plan in enumerate(plans)]
@@ -240,6 +238,23 @@ def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: P
         if again is None:
             return encoded
         choice = again
+
+
+def _bunches(inputs: Inputs, indices: Sequence[int]) -> list[list[int]]:
+    """The modules that are encoded together: neighbours, as many as fit, and a bunch for each of two workers."""
+    shapes = list(inputs.modules.values())
+    widest = max(info.rank for adapter in inputs.adapters for info in adapter.modules.values())
+    sizes = [len(inputs.adapters) * widest * sum(shapes[index]) for index in indices]
+    room = min(TOGETHER, -(-sum(sizes) // 2))
+    bunches: list[list[int]] = []
+    filled = room
+    for index, size in zip(indices, sizes, strict=True):
+        if filled + size > room and (not bunches or bunches[-1]):
+            bunches.append([])
+            filled = 0
+        bunches[-1].append(index)
+        filled += size
+    return bunches
 
 
 def _each(

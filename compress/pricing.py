@@ -9,8 +9,8 @@ component of singular value s, whose left factor is fitted to the rounded right 
 
     s^2 (1 - (1 - d_left) (1 - d_right))
 
-LEFT hardly depends on the adapter, so bytes and errors of every choice are known without encoding anything. With `worth`
-mu_i bytes for a unit of residual of adapter i, every component takes the rates of least mu s^2 (...) + bytes by itself;
+LEFT hardly depends on the adapter, so bytes and errors of every choice are known without encoding anything. With
+`worth` mu_i bytes for a unit of residual of adapter i, every component takes the rates of least mu s^2 (...) + bytes by itself;
 a module takes the bases of least total. Every such choice is best among all of its own bytes (Everett 1963).
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,7 +55,12 @@ def leftover(curve: Curve, side: int, basis: Basis | None) -> Tensor:
 
 def side_bytes(curve: Curve, side: int, basis: Basis | None, dtype: str) -> Tensor:
     """Bytes of one row of a side at every rate, its loadings included: (rates,)."""
-    own = [float(row_bytes(rate, curve.shape[side], dtype, unit=side == 1)) for rate in RATES]
+    return _side_bytes(curve.shape[side], side, basis, dtype)
+
+
+@cache
+def _side_bytes(width: int, side: int, basis: Basis | None, dtype: str) -> Tensor:
+    own = [float(row_bytes(rate, width, dtype, unit=side == 1)) for rate in RATES]
     if basis is not None:
         own = [
             size + sum(p.nbytes for p in codec(f"int{loading_bits(rate)}").parts((1, basis.columns)))
@@ -99,7 +105,7 @@ def priced(
     mu = worth[list(curve.having)][:, None].float()
     energy = curve.sigma.square().float()
     if flags is None:
-        flags = [i for i, (l, r) in enumerate(LOADED) if (not l or bases.left) and (not r or bases.right)]
+        flags = [i for i, on in enumerate(LOADED) if (bases.left or not on[0]) and (bases.right or not on[1])]
     found = [_priced(curve, bases, mu, energy, dtype, LOADED[i]) for i in flags]
     costs = torch.stack([one.cost for one in found])
     best = costs.argmin(0)
@@ -145,19 +151,15 @@ def profile(rates: Sequence[int], loaded: int) -> Profile:
 
 
 def best_bases(curve: Curve, worth: Tensor, dtype: str, start: Bases) -> Bases:
-    """The bases of least total cost, one side after the other until neither changes."""
+    """The bases of least total cost, one side after the other, from those of an earlier round."""
     best = start
     least = _total(curve, best, worth, dtype)
-    for _ in range(3):
-        before = best
-        for side in (1, 0):
-            for option in _options(curve, side):
-                tried = Bases(best.left, option) if side else Bases(option, best.right)
-                cost = _total(curve, tried, worth, dtype)
-                if cost < least:
-                    best, least = tried, cost
-        if best == before:
-            break
+    for side in (1, 0):
+        for option in _options(curve, side):
+            tried = Bases(best.left, option) if side else Bases(option, best.right)
+            cost = _total(curve, tried, worth, dtype)
+            if cost < least:
+                best, least = tried, cost
     return best
 
 

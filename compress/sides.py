@@ -28,9 +28,7 @@ from lorazip.compress.encode import ModuleCode
 from lorazip.compress.lowrank import Stack
 from lorazip.compress.profile import INT8, Basis, loading_bits, row_codec, runs
 from lorazip.compress.spec import Spec
-from lorazip.compress.svd import OwnFactors
-from lorazip.errors import CodecError
-from lorazip.terms import Slot
+from lorazip.terms import Form, Slot, own_slots
 
 RIDGE = 1e-9
 
@@ -45,6 +43,11 @@ class Task:
     factors: Sequence[LowRank]
     plan: Plan
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.factors[0].B.shape[0], self.factors[0].A.shape[1]
+
 
 def encode_planned(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
     """Encode some modules as planned: a pure function of factors, options and plans.
@@ -58,7 +61,7 @@ def encode_planned(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
     for one in busy:
         one.left.rows = one.solved()
     _encode([one.left for one in busy], spec.dtype, unit=False)
-    return [one.finished(spec) for one in ready]
+    return [one.finished() for one in ready]
 
 
 @dataclass
@@ -83,11 +86,12 @@ class _Side:
     own: list[dict[int, Parts]] = field(init=False)
     loadings: list[list[Parts]] = field(init=False)
 
-    def parts(self, i: int) -> Iterator[Parts]:
-        """Of adapter i's tensors: its rows, then its loadings if it has any."""
-        yield tuple(part for _, parts in sorted(self.own[i].items()) for part in parts)
-        if self.loadings[i]:
-            yield tuple(part for parts in self.loadings[i] for part in parts)
+    def parts(self, i: int) -> Iterator[Tensor]:
+        """Of adapter i's tensors, in file order: its rows, then its loadings if it has any."""
+        for _, parts in sorted(self.own[i].items()):
+            yield from parts
+        for parts in self.loadings[i]:
+            yield from parts
 
 
 @dataclass
@@ -95,6 +99,7 @@ class _Ready:
     """A module on its way."""
 
     task: Task
+    dtype: str
     module: Module
     loaded: Stack
     shared: tuple[Parts, ...]
@@ -120,7 +125,7 @@ class _Ready:
             kept = part.pad(rows)[: len(coded), :most].float() * inside.view(len(coded), most, 1)
             on = torch.tensor([p.loaded[side] for p in profiles], dtype=torch.bool, device=device)
             sides.append(_Side(kept, rates, on, bases[side]))
-        return _Ready(task, module, loaded, shared, coded, part, sides[0], sides[1])
+        return _Ready(task, spec.dtype, module, loaded, shared, coded, part, sides[0], sides[1])
 
     def solved(self) -> Tensor:
         """The left rows that go best with the right ones as stored: (n, k, out)."""
@@ -132,22 +137,38 @@ class _Ready:
         left, right = (self.part.pad(rows).double() for rows in (self.part.left, self.part.right))
         return (torch.linalg.solve(gram, fixed @ right.mT) @ left).float()
 
-    def finished(self, spec: Spec) -> ModuleCode:
-        plan, own = self.task.plan, [OwnFactors((), ())] * len(self.task.plan.profiles)
+    def finished(self) -> ModuleCode:
+        """The module with the errors of what is stored.
+
+        The values of both sides came out of the codecs' own decoders while they were fitted, so that decoding the
+        parts again would only repeat it.
+        """
+        plan, n = self.task.plan, len(self.task.plan.profiles)
+        forms: list[Form] = [()] * n
+        parts: list[Parts] = [()] * n
+        residuals = self.loaded.energies.clone()
         for at, i in enumerate(self.coded):
-            parts = (*self.left.parts(at), *self.right.parts(at))
-            own[i] = OwnFactors(plan.profiles[i].form(plan.bases, spec.dtype), (), parts=parts)
+            forms[i] = plan.profiles[i].form(plan.bases, self.dtype)
+            parts[i] = tuple(part for side in (self.left, self.right) for part in side.parts(at))
+        if self.coded:
+            k = self.left.values.shape[1]
+            stored = Stack(
+                self.left.values.flatten(0, 1), self.right.values.flatten(0, 1), (k,) * len(self.coded)
+            )
+            residuals[self.coded] = encode.residuals2(self.loaded.select(self.coded), stored)
         for i, p in enumerate(plan.profiles):
             if p.original and self.module.energies[i] > 0:
-                own[i] = svd.original(self.task.factors[i])
-        try:
-            return encode.measured(self.module, self.loaded, plan.bases.layout, self.shared, own)
-        except CodecError as error:
-            raise CodecError(f"{self.task.name}: {error}") from error
+                whole = svd.original(self.task.factors[i])
+                slots = own_slots(whole.form, (), *self.task.shape)
+                forms[i], parts[i] = whole.form, tuple(p for e in whole.stored(slots) for p in e)
+                residuals[i] = 0
+        return encode.described(
+            self.module, self.loaded, plan.bases.layout, self.shared, forms, parts, residuals.cpu()
+        )
 
 
 def _bases(module: Module, plan: Plan) -> tuple[tuple[Parts, ...], tuple[Tensor, Tensor]]:
-    """The parts of the shared tensors, and both as they decode: (columns, out) and (columns, in), columns 0 for none."""
+    """The parts of the shared tensors, and both as they decode: (columns, out), (columns, in); columns 0 for none."""
     parts: list[Parts] = []
     decoded = [module.stack.left[:0], module.stack.right[:0]]
     if plan.bases.layout:

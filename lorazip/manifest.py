@@ -22,6 +22,7 @@ from lorazip.terms import Core, Form, Layout, Own, Shared, Term
 
 FORMAT = "lorazip-bundle"
 VERSION = 1
+DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # of base 64
 MAX_EXTENT = 2**24  # rows or columns of a module; the largest vocabularies have a million
 ABSENT = -1  # in place of a form: the adapter does not have this module
 MAX_MANIFEST = 256 * 2**20
@@ -116,7 +117,7 @@ def dumps(manifest: Manifest) -> bytes:
             {
                 "name": a.name,
                 **_difference(a.config, common),
-                "forms": _runs([ABSENT if f is None else place[f] for f in a.forms]),
+                "forms": _shorter([ABSENT if f is None else place[f] for f in a.forms]),
                 "error": a.error,
                 "original_bytes": a.original_bytes,
                 "bytes": a.file.nbytes,
@@ -175,6 +176,27 @@ def _runs(values: Iterable[int]) -> list[int | list[int]]:
         else:
             packed.append([value, 1])
     return [run[0] if run[1] == 1 else run for run in packed]
+
+
+def _shorter(values: Sequence[int]) -> list[int | list[int]] | str:
+    """Runs, or a text of one or two digits of base 64 for each value plus 1: the shorter one in JSON."""
+    runs = _runs(values)
+    digits = 1 if max(values) + 1 < 64 else 2
+    if max(values) + 1 >= 64**2 or len(_json(runs)) <= digits * len(values) + 2:
+        return runs
+    return "".join(DIGITS[(v + 1) // 64 ** (digits - 1 - d) % 64] for v in values for d in range(digits))
+
+
+def _undigit(text: str, length: int) -> list[int]:
+    """The inverse of the texts of `_shorter`."""
+    digits = len(text) // max(1, length)
+    if digits not in (1, 2) or len(text) != digits * length:
+        raise ValueError(f"forms of {len(text)} digits for {length} modules")
+    places = [DIGITS.index(digit) for digit in text]
+    return [
+        sum(place * 64 ** (digits - 1 - d) for d, place in enumerate(places[at : at + digits])) - 1
+        for at in range(0, len(places), digits)
+    ]
 
 
 def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -339,7 +361,7 @@ def unpack_shared(item: Any) -> Shared:
 
 def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> list[int]:
     values: list[int] = []
-    for item in packed:
+    for item in _undigit(packed, length) if isinstance(packed, str) else packed:
         value, count = (item, 1) if type(item) is int else item
         if (
             type(value) is not int

@@ -2,10 +2,10 @@
 
     D_i = sum_t L_t C_t R_t^T
 
-per adapter i and module. L (out, a) and R (in, b) are shared by several adapters, or the adapter's own, or in part both:
-an own matrix plus own loadings on shared columns. C (a, b) is full, diagonal, a product of two thin factors, or a number
-(1 for the identity). Every method of compression only encodes into this form; reading a bundle needs this file and
-nothing of them.
+per adapter i and module. L (out, a) and R (in, b) are shared by several adapters, or the adapter's own, or in part
+both: an own matrix plus own loadings on shared columns. C (a, b) is full, diagonal, a product of two thin factors, or a
+number (1 for the identity). Every method of compression only encodes into this form; reading a bundle needs this file
+and nothing of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trellis-coded quantisation: rows of numbers in 1/4 to 6 bits a number, near what rate-distortion theory allows.
+"""Trellis-coded quantisation: rows of numbers in 1/2 to 5 bits a number, near what rate-distortion theory allows.
 
 A row is read as steps of v numbers; a step is k bits, k / v bits a number. Decoding slides a window of STATE bits along
 the row's bits: state_t = (state_{t-1} 2^k + code_t) mod 2^STATE, from state 0, and row t of the rate's table are the v
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,20 +31,18 @@ STATE = 10  # bits of a state
 TABLES = Path(__file__).with_name("trellis.safetensors")
 # rate -> (k bits a step, v numbers a step)
 RATES: dict[float, tuple[int, int]] = {
-    0.25: (1, 4), 0.5: (1, 2), 0.75: (3, 4), 1: (1, 1), 1.5: (3, 2), 2: (2, 1), 2.5: (5, 2), 3: (3, 1), 4: (4, 1),
-    5: (5, 1), 6: (6, 1),
+    0.5: (1, 2), 1: (1, 1), 1.5: (3, 2), 2: (2, 1), 2.5: (5, 2), 3: (3, 1), 4: (4, 1), 5: (5, 1),
 }  # fmt: skip
 # What is left of the energy of a long row of normally distributed numbers; theory's bound is 4^-rate.
 # Printed by benchmarks/make_trellis.py.
 DISTORTION: dict[float, float] = {
-    0.25: 0.7335, 0.5: 0.5303, 0.75: 0.3864, 1: 0.2767, 1.5: 0.1446, 2: 0.0743, 2.5: 0.0393, 3: 0.0200, 4: 0.00515,
-    5: 0.00140, 6: 0.00041,
+    0.5: 0.5303, 1: 0.2767, 1.5: 0.1446, 2: 0.0743, 2.5: 0.0393, 3: 0.0200, 4: 0.00515, 5: 0.00140,
 }  # fmt: skip
 BLOCK = 64  # neighbours that are turned together; what is left at the end of a row stays
 SIGNS = 0x9D5A3C716E84B21F  # bit j, the lowest first: 1 turns the sign of number j of a block
 WORK = 2**28  # bytes of the encoder's record at most
-ROWS = 256  # at a time: the costs of all states of so many fit a core's cache
-SPAN, SURE = 512, 64  # steps
+ROWS = 512  # at a time: the costs of all states of so many fit a core's cache
+SPAN, SURE = 192, 64  # steps
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def _record(count: int, device: torch.device) -> Tensor:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def trellis(rate: float) -> Trellis:
     """The code of a rate in `RATES`."""
     return Trellis(*RATES[rate], load_file(TABLES)[name(rate)].float())
@@ -167,7 +165,7 @@ def name(rate: float) -> str:
     return f"{rate:g}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _turn() -> Tensor:
     """(BLOCK, BLOCK) orthogonal: signs, then Hadamard's matrix."""
     matrix = torch.ones(1, 1)
