@@ -300,7 +300,7 @@ def _encode_some(
     """Some modules: their shards, made and written (paths None: only described) where one is not there yet."""
     names = list(inputs.modules)
     shapes = [inputs.modules[names[index]] for index in indices]
-    found = [path and shards.read(path, *shape) for path, shape in zip(paths, shapes, strict=True)]
+    found = [shards.read(path, *shape) if path else None for path, shape in zip(paths, shapes, strict=True)]
     whole = [shard for shard in found if shard is not None]
     if len(whole) == len(found):
         return whole

@@ -66,13 +66,12 @@ def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     for each in found:
         energies[list(each.having)] += each.energies
     weights = _weights(energies, spec)
+    allowed = (spec.max_error or 0) * energies
+    originals = sum(adapter.nbytes for adapter in inputs.adapters)
+    budget = int(originals / spec.ratio) if spec.ratio is not None else spec.budget or 0
     if spec.max_error is not None:
-        allowed = spec.max_error * energies
         aim = auto.for_errors(found, count, allowed, spec.dtype)
     else:
-        originals = sum(adapter.nbytes for adapter in inputs.adapters)
-        budget = spec.budget if spec.ratio is None else int(originals / spec.ratio)
-        assert budget is not None
         aim = auto.for_bytes(found, weights, 0.95 * budget, spec.dtype)
     bases, worth = auto.settled(found, aim, spec.dtype)
     table = auto.tables(found, bases, auto.menu(found, bases, worth, spec.dtype), count, spec.dtype)

@@ -10,8 +10,8 @@ component of singular value s, whose left factor is fitted to the rounded right 
     s^2 (1 - (1 - d_left) (1 - d_right))
 
 LEFT hardly depends on the adapter, so bytes and errors of every choice are known without encoding anything. With
-`worth` mu_i bytes for a unit of residual of adapter i, every component takes the rates of least mu s^2 (...) + bytes by itself;
-a module takes the bases of least total. Every such choice is best among all of its own bytes (Everett 1963).
+`worth` mu_i bytes for a unit of residual of adapter i, every component takes the rates of least mu s^2 (...) + bytes by
+itself; a module takes the bases of least total. Every such choice is best among all of its own bytes (Everett 1963).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     D_i = sum_j u_j v_j^T        u_j = S y_j + x_j, v_j likewise
 
 S are columns that a module's adapters share (one basis a side), y_j an adapter's loadings on them in whole numbers of
-few bits, x_j its own row by a trellis code of any rate, 0 included. Without loadings the adapter has factors of its own;
+few bits, x_j its own row by a trellis code of any rate, 0 included. Without loadings an adapter has factors of its own;
 with loadings and rate 0 on one side it shares that side; with both it shares and keeps a residual. Sides and rows are
 free of each other, so that this one form holds independent, one-sided, joint storage and all between.
 """

@@ -135,7 +135,8 @@ class _Ready:
         # A row of zeros (beyond the rank, or nothing stored) gets one on the diagonal and so a zero row.
         gram = gram + torch.diag_embed(torch.where(size > 0, RIDGE * size, 1))
         left, right = (self.part.pad(rows).double() for rows in (self.part.left, self.part.right))
-        return (torch.linalg.solve(gram, fixed @ right.mT) @ left).float()
+        solved: Tensor = torch.linalg.solve(gram, fixed @ right.mT) @ left
+        return solved.float()
 
     def finished(self) -> ModuleCode:
         """The module with the errors of what is stored.

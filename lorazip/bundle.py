@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorazip import manifest as manifests
@@ -77,7 +78,9 @@ class _Streams:
         at, found = dict(at), []
         for part in slot.parts():
             start = at.get(part.dtype, 0)
-            found.append((part.dtype, self.tensor(part.dtype)[start : start + part.count]))
+            # A stream without elements is not in the file
+            whole = self.tensor(part.dtype) if part.count else torch.zeros(0, dtype=DTYPES[part.dtype])
+            found.append((part.dtype, whole[start : start + part.count]))
             at[part.dtype] = start + part.count
         return found
 

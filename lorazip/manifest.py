@@ -361,7 +361,8 @@ def unpack_shared(item: Any) -> Shared:
 
 def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> list[int]:
     values: list[int] = []
-    for item in _undigit(packed, length) if isinstance(packed, str) else packed:
+    items: list[Any] = _undigit(packed, length) if isinstance(packed, str) else packed
+    for item in items:
         value, count = (item, 1) if type(item) is int else item
         if (
             type(value) is not int

@@ -168,11 +168,11 @@ def name(rate: float) -> str:
 @cache
 def _turn() -> Tensor:
     """(BLOCK, BLOCK) orthogonal: signs, then Hadamard's matrix."""
-    matrix = torch.ones(1, 1)
+    matrix: Tensor = torch.ones(1, 1)
     while len(matrix) < BLOCK:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    signs = torch.tensor([-1.0 if SIGNS >> j & 1 else 1.0 for j in range(BLOCK)])
-    return matrix * signs / BLOCK**0.5
+    matrix *= torch.tensor([-1.0 if SIGNS >> j & 1 else 1.0 for j in range(BLOCK)]) / BLOCK**0.5
+    return matrix
 
 
 def turned(rows: Tensor, back: bool = False) -> Tensor:
