@@ -24,6 +24,7 @@ from lorazip.errors import UndecidedError
 from lorazip.sources import Inputs
 from lorazip.terms import Form
 
+CAUTION = 0.995  # of a bound: most adapters then meet it in the first round
 LONG = 1.2345678e-05  # an error of as many digits as a manifest writes at most
 
 
@@ -76,7 +77,7 @@ def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     bases, worth = auto.settled(found, aim, spec.dtype)
     table = auto.tables(found, bases, auto.menu(found, bases, worth, spec.dtype), count, spec.dtype)
     if spec.max_error is not None:
-        return Choice(found, table, auto.within_errors(table, allowed))
+        return Choice(found, table, auto.within_errors(table, CAUTION * allowed))
     chosen = auto.for_budget(table, found, budget, weights, lambda plans: _size(inputs, spec, plans))
     return Choice(found, table, chosen)
 
@@ -89,18 +90,42 @@ def _weights(energies: torch.Tensor, spec: Spec) -> torch.Tensor:
 
 def _size(inputs: Inputs, spec: Spec, plans: Sequence[Plan]) -> int:
     """Bytes of the bundle of these plans; not less than it will have, for no error has more digits."""
-    predicted = []
-    for (name, (out, in_)), plan in zip(inputs.modules.items(), plans, strict=True):
-        having = [adapter for adapter in inputs.adapters if name in adapter.modules]
-        forms: list[Form] = [
-            original(adapter.low_rank(name)).form if p == ORIGINAL else p.form(plan.bases, spec.dtype)
-            for p, adapter in zip(plan.profiles, having, strict=True)
-        ]
-        ones = torch.ones(len(forms), dtype=torch.float64)
-        layout = plan.bases.layout
-        code = ModuleCode(layout, (), tuple(forms), (), LONG * ones, ones, (False,) * len(forms), ones[:1])
-        predicted.append(shards.describe(code, out, in_))
-    return assemble(inputs, spec, predicted, SizeSink(), lambda what, done, total: None)
+    found = []
+    for name, plan in zip(inputs.modules, plans, strict=True):
+        ones = torch.ones(len(plan.profiles), dtype=torch.float64)
+        found.append(_described(inputs, spec, name, plan, LONG * ones, ones, ones[:1]))
+    return assemble(inputs, spec, found, SizeSink(), lambda what, done, total: None)
+
+
+def foreseen(inputs: Inputs, spec: Spec, choice: Choice) -> list[Shard]:
+    """The modules as they are predicted to come out: what a dry run shows."""
+    found = []
+    residuals = choice.table.residuals.gather(2, choice.chosen[..., None])[..., 0]
+    for m, (name, plan, curve) in enumerate(zip(inputs.modules, choice.plans, choice.curves, strict=True)):
+        shares = curve.sigma.square() / curve.energies.clamp_min(1e-300)[:, None]
+        own = residuals[list(curve.having), m]
+        found.append(_described(inputs, spec, name, plan, own, curve.energies, shares.mean(0)))
+    return found
+
+
+def _described(
+    inputs: Inputs,
+    spec: Spec,
+    name: str,
+    plan: Plan,
+    residuals: torch.Tensor,
+    energies: torch.Tensor,
+    spectrum: torch.Tensor,
+) -> Shard:
+    """A module without its tensors."""
+    having = [adapter for adapter in inputs.adapters if name in adapter.modules]
+    forms: list[Form] = [
+        original(adapter.low_rank(name)).form if p == ORIGINAL else p.form(plan.bases, spec.dtype)
+        for p, adapter in zip(plan.profiles, having, strict=True)
+    ]
+    fallbacks = (False,) * len(forms)
+    code = ModuleCode(plan.bases.layout, (), tuple(forms), (), residuals, energies, fallbacks, spectrum)
+    return shards.describe(code, *inputs.modules[name])
 
 
 def repaired(inputs: Inputs, spec: Spec, choice: Choice, encoded: Sequence[Shard]) -> Choice | None:

@@ -39,7 +39,7 @@ class Spec:
         budget: auto: bytes of the bundle, at most.
     """
 
-    method: str = "jd-full"
+    method: str = "auto"
     rank: int | None = None
     energy: float | None = None
     max_error: float | None = None
@@ -111,8 +111,8 @@ class Spec:
             if (self.ratio, self.budget) != (None, None):
                 raise UsageError("ratio and budget are for --method auto")
             return
-        if sum(aim is not None for aim in aims.values()) != 1:
-            raise UsageError("auto needs one of --max-error, --ratio and --budget")
+        if sum(aim is not None for aim in aims.values()) > 1:
+            raise UsageError("auto takes one of --max-error, --ratio and --budget")
         for name in ("rank", "energy", "clusters", "bits", "core_bits", "basis_bits"):
             if getattr(self, name) is not None:
                 raise UsageError(f"auto decides {name.replace('_', '-')} by itself (leave it out)")

@@ -10,6 +10,7 @@ and nothing of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -140,7 +141,12 @@ def described(form: Form) -> str:
     for term in form:
         if isinstance(term.left, Own) and isinstance(term.right, Own):
             shared = [side for side, own in (("L", term.left), ("R", term.right)) if own.basis is not None]
-            codecs = dict.fromkeys(own.codec for own in (term.left, term.right))
+            # Of a trellis code the rates differ from row to row: they would make hundreds of kinds.
+            codecs = dict.fromkeys(
+                re.sub(r"tcq[0-9.]+u?|\*[0-9]+", lambda m: "tcq" if m[0][0] == "t" else "", name)
+                for own in (term.left, term.right)
+                for name in (own.codec.split("+") if "tcq" in own.codec else [own.codec])
+            )
             words.append(
                 f"rank {min(term.left.columns, term.right.columns)} {'/'.join(codecs)}"
                 + (f" on shared {' and '.join(shared)}" if shared else "")

@@ -21,7 +21,7 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle directory to make.")
 @click.option(
-    "--method", type=click.Choice(NAMES), default="jd-full", show_default=True, help="How to compress."
+    "--method", type=click.Choice(NAMES), default="auto", show_default=True, help="How to compress."
 )
 @click.option("--rank", type=int, help="Columns of the shared bases (svd: rank of each adapter).")
 @click.option("--energy", type=float, help="Share of each D's energy to keep, e.g. 0.9; decides the rank.")
@@ -129,8 +129,9 @@ def compress(
         f"{units.size(outcome.original_bytes)} -> {units.size(outcome.bundle_bytes)}, "
         f"{figures['ratio']:.2f}x, every byte counted"
     )
+    error = "predicted error" if outcome.predicted else "error"
     click.echo(
-        f"error: mean {figures['mean_error']:.4f}, worst {figures['max_error']:.4f}; "
+        f"{error}: mean {figures['mean_error']:.4f}, worst {figures['max_error']:.4f}; "
         f"{units.counted(int(outcome.fallbacks.sum()), 'fallback')}; "
         f"{figures['seconds']:.1f} s, {units.size(outcome.peak_memory)} of memory"
     )
