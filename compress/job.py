@@ -174,8 +174,8 @@ def run(
 def resolve(inputs: Inputs, spec: Spec) -> Spec:
     """Fill in what was left open by the paper's rule (Compress-then-Serve §6.4; METHODS.md §2).
 
-    auto: an error of 0.1. The others, with n <= 100: one basis of n/2 + 7 columns; above: 16 columns and the least number
-    of clusters with a mean squared relative error below 0.6 on a middle module.
+    auto: an error of 0.1. The others, with n <= 100: one basis of n/2 + 7 columns; above: 16 columns and the least
+    number of clusters with a mean squared relative error below 0.6 on a middle module.
     """
     n = len(inputs.adapters)
     if spec.method == "auto":
