@@ -203,7 +203,7 @@ def resolve(inputs: Inputs, spec: Spec) -> Spec:
 def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
     """Every module in order; from its shard where that is there."""
     if spec.method == "auto":
-        return _encode_planned(inputs, spec, folder, progress)
+        return encode_planned(inputs, spec, survey(inputs, spec, progress), folder, progress)
 
     def one(indices: Sequence[int]) -> list[Shard]:
         paths = [folder and folder / f"{index:05d}.safetensors" for index in indices]
@@ -214,15 +214,28 @@ def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progr
     return _each([[index] for index in range(len(inputs.modules))], spec, one, "compressing", progress)
 
 
-def _encode_planned(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progress) -> list[Shard]:
-    """Choose for all modules, encode them, and choose again where a bound is missed."""
+def survey(inputs: Inputs, spec: Spec, progress: Progress) -> list[Curve]:
+    """What auto knows of every module before it chooses: the same for every ratio, budget and bound."""
     names = list(inputs.modules)
 
-    def survey(indices: Sequence[int]) -> list[Curve]:
+    def some(indices: Sequence[int]) -> list[Curve]:
         return [planning.survey(inputs, spec, names[index]) for index in indices]
 
-    single = [[index] for index in range(len(names))]
-    choice = planning.choose(inputs, spec, _each(single, spec, survey, "choosing", progress))
+    return _each([[index] for index in range(len(names))], spec, some, "choosing", progress)
+
+
+def encode_planned(
+    inputs: Inputs, spec: Spec, surveyed: Sequence[Curve], folder: Path | None, progress: Progress
+) -> list[Shard]:
+    """Choose for all modules, encode them, and choose again where a bound is missed.
+
+    Args:
+        surveyed: by `survey`.
+        folder: of the shards; None to predict what would come out.
+    Raises:
+        UndecidedError: what is asked for cannot be reached.
+    """
+    choice = planning.choose(inputs, spec, surveyed)
     if folder is None:
         return planning.foreseen(inputs, spec, choice)
     done: Known = {}
