@@ -140,11 +140,11 @@ class Coded:
         return Part("U8", nbytes), Part("BF16", rows * self.scaled)
 
     def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        rows = tensor.reshape(-1, tensor.shape[-1]).float()
+        rows = tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1]).float()
         if not bool(torch.isfinite(rows).all()):
             raise CodecError("a value is not finite")
         if not self.rate:
-            return self.store(rows[:, :0], [rows[:, 0]])
+            return self.store(rows[:, :0], [])
         codes, scales, _ = self.fitted(rows)
         return self.store(codes, [scales])
 
@@ -154,11 +154,12 @@ class Coded:
         scales = torch.linalg.vector_norm(rows.double(), dim=1).float() / max(rows.shape[1], 1) ** 0.5
         if not self.scaled:
             scales = torch.ones_like(scales)
-        codes = code.encode(rows / torch.where(scales > 0, scales, 1)[:, None])
+        unit = rows / torch.where(scales > 0, scales, 1)[:, None]
+        codes = code.encode(unit)
         decoded = code.decode(codes, rows.shape[1])
         if self.scaled:  # the least-squares scale of the path that was found
-            best = (rows * decoded).sum(1) / decoded.square().sum(1).clamp_min(1e-30)
-            scales = best.to(torch.bfloat16).float()
+            best = (unit * decoded).sum(1) / decoded.square().sum(1).clamp_min(1e-30)
+            scales = (scales * best).to(torch.bfloat16).float()
         return codes, scales, decoded * scales[:, None]
 
     def store(self, codes: Tensor, scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -166,8 +167,11 @@ class Coded:
         flat = torch.cat([s.flatten() for s in scales]) if scales else codes.new_zeros(0)
         if not self.rate or not self.scaled:
             flat = flat[:0]
+        kept = flat.to(torch.bfloat16)
+        if not bool(torch.isfinite(kept).all()):
+            raise CodecError("a scale does not fit BF16")
         k = trellises.RATES[self.rate][0] if self.rate else 1
-        return quantized.pack(codes, k).cpu(), flat.to(torch.bfloat16).cpu()
+        return quantized.pack(codes, k).cpu(), kept.cpu()
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         rows, width = prod(shape[:-1]), shape[-1]
@@ -253,6 +257,21 @@ def _known(name: str) -> Single | Mixed | None:
         return None
     first, rest = _known(mixed[1]), _known(mixed[3])
     return Mixed(first, int(mixed[2]), rest) if isinstance(first, Single) and rest is not None else None
+
+
+@lru_cache(maxsize=4096)
+def unstored(name: str, rows: int) -> int:
+    """How many of so many rows take no bytes: those by tcq0."""
+    found, count = codec(name), 0
+    while isinstance(found, Mixed):
+        first = min(found.count, rows)
+        count += first * _nothing(found.first)
+        found, rows = found.rest, rows - first
+    return count + rows * _nothing(found)
+
+
+def _nothing(by: Single) -> bool:
+    return isinstance(by, Coded) and not by.rate
 
 
 def integers(bits: float, rows: int, scope: str = "") -> str:

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorazip import codecs
@@ -28,6 +28,8 @@ ABSENT = -1  # in place of a form: the adapter does not have this module
 MAX_MANIFEST = 256 * 2**20
 MAX_TERMS = 64  # of a form: a term may repeat a shared tensor, so each costs memory that no file had to hold
 MAX_PLACES = 2**27  # adapters times modules: runs make a short manifest out of many
+MAX_UNSTORED = 2**28  # rows of a form that take no bytes (tcq0), times their width: a gigabyte in memory
+SAVED = 16  # bytes that a text of digits must save: short lists are left readable
 MAX_NUMBER = 3.4028234663852886e38  # of float32, in which all is computed
 _FIRST_LINE = re.compile(rb'\{"digest":"([0-9a-f]{64})",\n')
 
@@ -179,20 +181,22 @@ def _runs(values: Iterable[int]) -> list[int | list[int]]:
 
 
 def _shorter(values: Sequence[int]) -> list[int | list[int]] | str:
-    """Runs, or a text of one or two digits of base 64 for each value plus 1: the shorter one in JSON."""
+    """Runs, or where that is much shorter, a text of one or two digits of base 64 for each value plus 1."""
     runs = _runs(values)
     digits = 1 if max(values) + 1 < 64 else 2
-    if max(values) + 1 >= 64**2 or len(_json(runs)) <= digits * len(values) + 2:
+    if max(values) + 1 >= 64**2 or len(_json(runs)) < digits * len(values) + 2 + SAVED:
         return runs
     return "".join(DIGITS[(v + 1) // 64 ** (digits - 1 - d) % 64] for v in values for d in range(digits))
 
 
 def _undigit(text: str, length: int) -> list[int]:
     """The inverse of the texts of `_shorter`."""
-    digits = len(text) // max(1, length)
+    digits = len(text) // length
     if digits not in (1, 2) or len(text) != digits * length:
-        raise ValueError(f"forms of {len(text)} digits for {length} modules")
-    places = [DIGITS.index(digit) for digit in text]
+        raise ValueError(f"a text of {len(text)} digits for {length} modules")
+    places = [DIGITS.find(digit) for digit in text]
+    if min(places) < 0:
+        raise ValueError(f"{text[places.index(-1)]!r} is not a digit of base 64")
     return [
         sum(place * 64 ** (digits - 1 - d) for d, place in enumerate(places[at : at + digits])) - 1
         for at in range(0, len(places), digits)
@@ -286,7 +290,8 @@ def _adapter(
     problem = problem_with(name)
     if problem:
         raise BundleError(f"bundle.json: adapter name {name!r} {problem}")
-    indices = _unrun(item["forms"], len(modules), len(forms), f"forms of {name}", least=ABSENT)
+    packed = _undigit(item["forms"], len(modules)) if isinstance(item["forms"], str) else item["forms"]
+    indices = _unrun(packed, len(modules), len(forms), f"forms of {name}", least=ABSENT)
     own = tuple(None if i == ABSENT else forms[i] for i in indices)
     for module, form in zip(modules, own, strict=True):
         _check_form(name, module, form)
@@ -300,7 +305,8 @@ def _adapter(
 
 
 def _check_form(name: str, module: Module, form: Form | None) -> None:
-    """Shared tensors exist and are of the right side; the core fits between them."""
+    """Shared tensors exist and are of the right side; the core fits between them; not too much comes from nothing."""
+    unstored = 0
     for term in form or ():
         ends = []
         for factor, side in ((term.left, "left"), (term.right, "right")):
@@ -310,15 +316,15 @@ def _check_form(name: str, module: Module, form: Form | None) -> None:
                 raise BundleError(f"bundle.json: {name}: {module.name}: no shared {side} tensor {shared}")
             if isinstance(factor, Own):
                 ends.append(factor.columns)
-                if "tcq0" in factor.codec and factor.columns > max(module.out, module.in_):
-                    # Columns without numbers: never useful, and a way to make a small file decode to a huge matrix
-                    raise BundleError(f"bundle.json: {name}: {module.name}: {factor.columns} columns")
+                unstored += codecs.unstored(factor.codec, factor.columns)
             else:
                 ends.append(module.layout[factor].columns)
         if term.core.kind in ("diagonal", "scalar") and ends[0] != ends[1]:
             raise BundleError(f"bundle.json: {name}: {module.name}: {ends[0]} columns meet {ends[1]}")
         if term.core.rank > min(ends):  # never useful, and a way to make a small file decode to a huge matrix
             raise BundleError(f"bundle.json: {name}: {module.name}: rank {term.core.rank} between {ends}")
+    if unstored * max(module.out, module.in_) > MAX_UNSTORED:
+        raise BundleError(f"bundle.json: {name}: {module.name}: {unstored} columns of nothing")
 
 
 def _form(terms: Any) -> Form:
@@ -333,19 +339,21 @@ def unpack_term(item: Any) -> Term:
     def side(value: Any) -> int | Own:
         if type(value) is int:
             return value
-        if len(value) == 2:
-            return Own(_count(value[0], 1), _codec(value[1]))
-        columns, codec, basis, loadings = value
-        return Own(_count(columns, 1), _codec(codec), _count(basis), _codec(loadings))
+        columns, codec, *shared = value
+        own = Own(_count(columns, 1), _codec(codec))
+        if not shared:
+            return own
+        basis, loadings = shared
+        return replace(own, basis=_count(basis), loadings=_stored(loadings))
 
     left, core, right = item
     match core:
         case ["scalar", value]:
             parsed = Core("scalar", value=_number(value))
         case ["factored", codec, rank]:
-            parsed = Core("factored", _codec(codec), _count(rank, 1))
+            parsed = Core("factored", _stored(codec), _count(rank, 1))
         case ["full" | "diagonal" as kind, codec]:
-            parsed = Core(kind, _codec(codec))
+            parsed = Core(kind, _stored(codec))
         case _:
             raise ValueError(f"core {core!r}")
     return Term(side(left), parsed, side(right))
@@ -356,13 +364,12 @@ def unpack_shared(item: Any) -> Shared:
     side, columns, codec = item
     if side not in ("left", "right"):
         raise ValueError(f"side {side!r}")
-    return Shared(side, _count(columns, 1), _codec(codec))
+    return Shared(side, _count(columns, 1), _stored(codec))
 
 
 def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> list[int]:
     values: list[int] = []
-    items: list[Any] = _undigit(packed, length) if isinstance(packed, str) else packed
-    for item in items:
+    for item in packed:
         value, count = (item, 1) if type(item) is int else item
         if (
             type(value) is not int
@@ -382,6 +389,17 @@ def _codec(name: Any) -> str:
         codecs.codec(_text(name))
     except BundleError as error:
         raise BundleError(f"bundle.json: {error}") from None
+    return str(name)
+
+
+def _stored(name: Any) -> str:
+    """A codec that stores something of every row.
+
+    Rows of nothing are of use only in an adapter's own factor, beside its loadings. Elsewhere they would let a small
+    file decode to a huge matrix.
+    """
+    if codecs.unstored(_codec(name), 2**53):
+        raise BundleError(f"bundle.json: codec {name!r} has tcq0, which only an adapter's own factors have")
     return str(name)
 
 

@@ -161,7 +161,7 @@ def trellis(rate: float) -> Trellis:
 
 
 def name(rate: float) -> str:
-    """As in the names of codecs and tables: "0.25", "3"."""
+    """As in the names of codecs and tables: "0.5", "3"."""
     return f"{rate:g}"
 
 
