@@ -1,4 +1,4 @@
-"""A second reader of bundles, written from docs/FORMAT.md alone: json, struct and numpy, nothing of lorazip.
+"""A second reader of bundles, written from docs/FORMAT.md alone: json, struct and numpy, no code of lorazip.
 
 It shows that the specification is enough, and the tests compare lorazip with it. It trusts a bundle once its checksums
 are right; the limits of docs/FORMAT.md are lorazip's own business.
@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ Array = NDArray[Any]
 STREAMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}  # numpy has no bfloat16: its bits, for now
 CODECS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 INTEGERS = re.compile("int([123468])(t|g[0-9]+)?")
+TABLES = Path(__file__).parents[2] / "lorazip" / "trellis.safetensors"
+TABLES_SHA256 = "0fb71b5a0a10447d929452fcc7c46218a9c10aff62cc9a0eb5c0fdcec249ed02"
+# rate -> bits and numbers of a step
+STEPS = {
+    "0.5": (1, 2),
+    "1": (1, 1),
+    "1.5": (3, 2),
+    "2": (2, 1),
+    "2.5": (5, 2),
+    "3": (3, 1),
+    "4": (4, 1),
+    "5": (5, 1),
+}
+SIGNS = 0x9D5A3C716E84B21F
+DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 FIRST_LINE = 78
 
 
@@ -40,11 +56,12 @@ class Tensors:
         begin, end = self.header[name]["data_offsets"]
         return self.data[begin:end]
 
-    def stream(self, dtype: str) -> Array:
+    def stream(self, name: str) -> Array:
         """The elements of one stream, float32."""
-        if dtype not in self.header:
+        if name not in self.header:
             return np.zeros(0, np.float32)
-        elements = np.frombuffer(self.raw(dtype), STREAMS[dtype])
+        dtype = self.header[name]["dtype"]
+        elements = np.frombuffer(self.raw(name), STREAMS[dtype])
         if dtype == "BF16":  # the upper half of a float32
             return (elements.astype("<u4") << 16).view("<f4")
         return elements.astype(np.float32)
@@ -59,15 +76,20 @@ class Cursor:
 
     def take(self, codec: str, *shape: int) -> Array:
         """One tensor, float64."""
-        if codec in CODECS:
-            return self.run(CODECS[codec], int(np.prod(shape))).astype(np.float64).reshape(shape)
-        head, _, rest = codec.partition("+")
-        if rest and len(shape) == 2:  # the first rows by one codec, the others by another
-            name, _, count = head.partition("*")
+        if "+" in codec:  # the first rows by one codec, the others by another
+            name, count, rest = re.fullmatch(r"([^*]*)\*([0-9]+)\+(.*)", codec).groups()  # type: ignore[union-attr]
+            if len(shape) == 1:
+                return self.take(name, *shape)
             rows = min(int(count), shape[0])
             first = self.take(name, rows, shape[1])
             return np.concatenate([first, self.take(rest, shape[0] - rows, shape[1])])
-        return self.integers(head.partition("*")[0], *shape)
+        if codec in CODECS:
+            return self.run(CODECS[codec], int(np.prod(shape))).astype(np.float64).reshape(shape)
+        if codec == "tcq0":
+            return np.zeros(shape)
+        if codec.startswith("tcq"):
+            return self.trellis(codec.removeprefix("tcq").removesuffix("u"), codec[-1] != "u", *shape)
+        return self.integers(codec, *shape)
 
     def integers(self, codec: str, *shape: int) -> Array:
         """Odd numbers of few bits times the scale of their group."""
@@ -78,14 +100,36 @@ class Cursor:
         count = int(np.prod(shape))
         rows, width = (1, count) if scope == "t" or len(shape) == 1 else shape
         group = int(scope[1:]) if scope[:1] == "g" else width
-        octets = self.run("U8", (count * bits + 7) // 8).astype(np.uint8)
-        digits = np.unpackbits(octets, bitorder="little")[: count * bits].reshape(count, bits)
-        codes = (digits.astype(np.int64) << np.arange(bits)).sum(1).reshape(rows, width)
+        codes = self.codes(bits, count).reshape(rows, width)
         each = (width + group - 1) // group if width else 0  # groups of a row
         scales = self.run("BF16", rows * each).astype(np.float64).reshape(rows, each)
         odd = 2 * codes - (2**bits - 1)
         values: Array = odd * np.repeat(scales, group, axis=1)[:, :width]
         return values.reshape(shape)
+
+    def trellis(self, rate: str, scaled: bool, *shape: int) -> Array:
+        """Every code moves a row's state on; the state's row of the table are the next numbers."""
+        if rate not in STEPS:
+            raise FormatError(f"codec {rate!r} of a trellis is not known")
+        (k, v), table = STEPS[rate], tables()[rate]
+        rows, width = (1, *shape)[-2:]
+        steps = (width + v - 1) // v
+        codes = self.codes(k, rows * steps).reshape(rows, steps)
+        state, numbers = np.zeros(rows, np.int64), np.zeros((rows, steps, v))
+        for t in range(steps):
+            state = (state * 2**k + codes[:, t]) % 1024
+            numbers[:, t] = table[state]
+        values = numbers.reshape(rows, -1)[:, :width]
+        for at in range(0, width - 63, 64):
+            values[:, at : at + 64] = values[:, at : at + 64] @ TURN
+        scales = self.run("BF16", rows) if scaled else np.ones(rows)
+        return (values * scales[:, None]).reshape(shape)
+
+    def codes(self, bits: int, count: int) -> Array:
+        """Packed codes of so many bits."""
+        octets = self.run("U8", (count * bits + 7) // 8).astype(np.uint8)
+        digits = np.unpackbits(octets, bitorder="little")[: count * bits].reshape(count, bits)
+        return (digits.astype(np.int64) << np.arange(bits)).sum(1)  # type: ignore[no-any-return]
 
     def run(self, dtype: str, count: int) -> Array:
         """The next elements of one stream."""
@@ -135,7 +179,7 @@ class Bundle:
     def matrices(self, name: str) -> dict[str, Array]:
         """D (out, in), float64, of every module that the adapter has."""
         cursor = Cursor(self._adapter_file(name))
-        forms = runs(self._records[name]["forms"])
+        forms = runs(self._records[name]["forms"], len(self.modules))
         found = {}
         for (module, out, in_), shared, layout, index in zip(
             self.modules, self.shared, self._layouts, forms, strict=True
@@ -182,8 +226,13 @@ def read(path: Path, nbytes: int, sha256: str) -> Tensors:
     return Tensors(json.loads(data[8 : 8 + length]), data[8 + length :])
 
 
-def runs(packed: Sequence[Any]) -> list[int]:
-    """[3, [0, 4], -1] -> [3, 0, 0, 0, 0, -1]."""
+def runs(packed: Any, length: int = 0) -> list[int]:
+    """[3, [0, 4], -1] -> [3, 0, 0, 0, 0, -1]; a text of so many numbers in one or two digits: DAB -> [2, -1, 0]."""
+    if isinstance(packed, str):
+        places = [DIGITS.index(digit) for digit in packed]
+        if len(places) == 2 * length:
+            places = [64 * high + low for high, low in zip(places[::2], places[1::2], strict=True)]
+        return [place - 1 for place in places]
 
     def unpacked() -> Iterator[int]:
         for item in packed:
@@ -193,13 +242,25 @@ def runs(packed: Sequence[Any]) -> list[int]:
     return list(unpacked())
 
 
+@cache
+def tables() -> dict[str, Array]:
+    """Of every rate of trellis codes, (1024, v)."""
+    file = read(TABLES, TABLES.stat().st_size, TABLES_SHA256)
+    return {rate: file.stream(rate).reshape(1024, -1) for rate in STEPS}
+
+
+# x = y TURN: 64 numbers of a row are turned back
+ONES = np.array([[(i & j).bit_count() for j in range(64)] for i in range(64)])
+TURN = (-1.0) ** ONES / 8 * np.array([(-1.0) ** (SIGNS >> j & 1) for j in range(64)])
+
+
 def product(
     term: Sequence[Any], shared: Sequence[Array], layout: Sequence[Any], out: int, in_: int, cursor: Cursor
 ) -> Array:
     """L C R^T (out, in) of one term; its own tensors are taken from the cursor, left, core, right."""
     left, core, right = term
+    l_rows = outer(left, shared, out, cursor)
     a, b = (layout[side][1] if isinstance(side, int) else side[0] for side in (left, right))
-    l_rows = shared[left] if isinstance(left, int) else cursor.take(left[1], a, out)
     kind, *rest = core
     if kind == "full":
         c = cursor.take(rest[0], a, b)
@@ -212,6 +273,17 @@ def product(
         c = rest[0] * np.eye(a)
     else:
         raise FormatError(f"core {kind!r} is not known")
-    r_rows = shared[right] if isinstance(right, int) else cursor.take(right[1], b, in_)
-    product: Array = l_rows.T @ c @ r_rows
+    product: Array = l_rows.T @ c @ outer(right, shared, in_, cursor)
     return product
+
+
+def outer(side: Any, shared: Sequence[Array], width: int, cursor: Cursor) -> Array:
+    """L or R as stored, one column a row: shared, own, or own rows plus own loadings on shared ones."""
+    if isinstance(side, int):
+        return shared[side]
+    columns, codec, *basis = side
+    rows = cursor.take(codec, columns, width)
+    if basis:
+        index, of_loadings = basis
+        rows = rows + cursor.take(of_loadings, columns, len(shared[index])) @ shared[index]
+    return rows
