@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorazip
-from lorazip import cli, export
+from lorazip import cli, codecs, export, trellis
+from lorazip import manifest as manifests
 from lorazip.bundle import Bundle
 from lorazip.errors import BundleError
 
@@ -28,10 +29,21 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "v1").glob("*.lorazip"))
-LATER = sorted((ROOT / "tests" / "golden" / "v1-integers").glob("*.lorazip"))
+LATER = [
+    path
+    for folder in ("v1-integers", "v1-trellis")
+    for path in sorted((ROOT / "tests" / "golden" / folder).glob("*.lorazip"))
+]
 ZOO = ROOT / "examples" / "zoo"
 PREFIX = "base_model.model."
 TINY = {"layers.0.k_proj": (8, 16), "layers.0.q_proj": (16, 16), "layers.1.q_proj": (16, 16)}
+
+
+# bundles that are written by hand, and how many files each has
+BY_HAND = [
+    (make.example, 5), (make.forms, 6), (make.integers, 5),
+    (make.rates, 5), (make.mixtures, 5), (make.parts, 6), (make.digit, 4), (make.digits, 4),
+]  # fmt: skip
 
 
 def assert_equal_readers(path: Path) -> reader.Bundle:
@@ -57,10 +69,10 @@ def assert_equal_readers(path: Path) -> reader.Bundle:
 
 
 def test_the_fixtures_are_there() -> None:
-    made = {"example", "forms", *make.COMPRESSED}
-    assert {path.stem for path in GOLDEN} >= made
-    assert {path.stem for path in LATER} >= {"integers", *make.FEW_BITS}
-    for folder in (GOLDEN[0].parent, LATER[0].parent):
+    by_hand = {write.__name__ for write, _ in BY_HAND}
+    compressed = {*make.COMPRESSED, *make.FEW_BITS, *make.TRELLIS}
+    assert {path.stem for path in GOLDEN + LATER} == by_hand | compressed
+    for folder in {path.parent for path in GOLDEN + LATER}:
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 100_000
 
 
@@ -79,7 +91,7 @@ def test_old_bundles_are_read(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in GOLDEN + LATER if p.stem in {*make.COMPRESSED, *make.FEW_BITS}],
+    [p for p in GOLDEN + LATER if p.stem in {*make.COMPRESSED, *make.FEW_BITS, *make.TRELLIS}],
     ids=lambda path: path.stem,
 )
 def test_old_bundles_are_exported(path: Path, tmp_path: Path) -> None:
@@ -91,14 +103,47 @@ def test_old_bundles_are_exported(path: Path, tmp_path: Path) -> None:
             assert np.linalg.norm(b @ a - dense) <= 1e-6 * np.linalg.norm(dense)
 
 
-@pytest.mark.parametrize("write", [make.example, make.forms, make.integers], ids=lambda write: write.__name__)
-def test_the_same_content_has_the_same_bytes_as_ever(write: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("write", "count"), BY_HAND, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_same_content_has_the_same_bytes_as_ever(
+    write: Callable[[Path], None], count: int, tmp_path: Path
+) -> None:
     write(tmp_path / "new")
     old = next(path for path in GOLDEN + LATER if path.stem == write.__name__)
     files = [path.relative_to(old) for path in old.rglob("*") if path.is_file()]
-    assert len(files) >= 5
+    assert len(files) == count
     for name in files:
         assert (tmp_path / "new" / name).read_bytes() == (old / name).read_bytes()
+
+
+def test_forms_are_texts_where_that_is_much_shorter() -> None:
+    read = {
+        path.stem: [a["forms"] for a in reader.Bundle(path).manifest["adapters"]] for path in GOLDEN + LATER
+    }
+    texts = {name: [packed for packed in all_ if isinstance(packed, str)] for name, all_ in read.items()}
+    assert [len(packed) for packed in texts.pop("digit")] == [20]
+    assert [len(packed) for packed in texts.pop("digits")] == [2 * 75]
+    assert not any(texts.values())  # so short that lists are left readable
+    assert reader.runs("DAB", 3) == [2, -1, 0] and reader.runs("BAAAAB", 3) == [63, -1, 0]
+    for values in ([2, -1, 0], [63, -1, 0], [-1, 61, 62] * 9, [4094, *range(400)], [*range(4095), 4095]):
+        packed = manifests._shorter(values)
+        assert reader.runs(packed, len(values)) == values
+        assert isinstance(packed, str) == (len(values) in (27, 401))
+
+
+def test_the_tables_are_those_of_the_specification() -> None:
+    text = (ROOT / "docs" / "FORMAT.md").read_text()
+    (digest,) = re.findall(r"The file has sha256\n`([0-9a-f]{64})`", text)
+    assert digest == reader.TABLES_SHA256 == hashlib.sha256(trellis.TABLES.read_bytes()).hexdigest()
+    for name, values in (("R", reader.STEPS), ("k", [k for k, _ in trellis.RATES.values()]),
+                         ("v", [v for _, v in trellis.RATES.values()])):  # fmt: skip
+        assert f"| {name} | " + " | ".join(map(str, values)) + " |\n" in text
+    assert f"`0x{trellis.SIGNS:X}`" in text
+    assert {k: v.shape for k, v in reader.tables().items()} == {
+        trellis.name(rate): (1024, v) for rate, (_, v) in trellis.RATES.items()
+    }
+    # its example: byte 19 are the codes 3 0 1
+    found = codecs.codec("tcq2u").decode([torch.tensor([19], dtype=torch.uint8), torch.zeros(0)], (1, 3))
+    assert found[0].tolist() == reader.tables()["2"][[3, 12, 49], 0].tolist()
 
 
 def test_the_worked_example_is_that_of_the_specification() -> None:
@@ -171,7 +216,7 @@ def test_another_reader_gets_the_same_matrices(name: str, inputs: list[Path], tm
 def test_manifest_and_headers_are_small(tmp_path: Path) -> None:
     """At most 1.5 kB an adapter (issue: a header entry for each tensor would be 23 kB)."""
     bits = lorazip.Spec("jd-full", rank=6, bits=2.5, max_error=0.3)
-    for spec in (lorazip.Spec(rank=2, clusters=2), lorazip.Spec("svd", max_error=0.05), bits):
+    for spec in (lorazip.Spec("jd-full", rank=2, clusters=2), lorazip.Spec("svd", max_error=0.05), bits):
         path = lorazip.compress([ZOO], spec, tmp_path / f"{spec.method}{spec.bits}").path
         overhead = (path / "bundle.json").stat().st_size
         files = list(path.rglob("*.safetensors"))
@@ -309,7 +354,57 @@ LIMITS: dict[str, tuple[Callable[[Body], Any], str]] = {
     ),
     "a codec of 5 bits": (form([0, ["full", "int5"], 1]), "codec 'int5' is not known"),
     "a codec of no group": (form([0, ["full", "int4g0"], 1]), "codec 'int4g0' is not known"),
-    "a mixture of floats": (form([0, ["full", "int4*1+float16"], 1]), "codec 'int4*1+float16' is not known"),
+    "a mixture of a mixture": (form([0, ["full", "int4*1+int1*1"], 1]), "codec 'int4*1+int1*1' is not known"),
+    "a trellis code of 7 bits": (form([0, ["full", "tcq7"], 1]), "codec 'tcq7' is not known"),
+    "a core of nothing": (form([0, ["full", "tcq0"], 1]), "codec 'tcq0' has tcq0, which only"),
+    "a core of nothing in its last rows": (form([0, ["full", "int4*1+tcq0"], 1]), "has tcq0, which only"),
+    "a shared tensor of nothing": (
+        lambda b: b["layouts"][0].append(["left", 2**40, "tcq0"]),
+        "has tcq0, which only",
+    ),
+    "loadings of nothing": (
+        form([[2, "tcq0", 0, "tcq0"], ["scalar", 1], [2, "int4"]]),
+        "has tcq0, which only",
+    ),
+    "2**40 columns of nothing": (
+        form([[2**40, "tcq0"], ["scalar", 1], [2**40, "tcq0"]]),
+        "2199023255552 columns of nothing",
+    ),
+    "many columns of nothing in a mixture": (
+        form([[2**25, "tcq0*9999999+int1t"], ["scalar", 1], [2**25, "int1t*1+tcq0"]]),
+        "43554430 columns of nothing",
+    ),
+    "many terms of nothing": (
+        form(*[[[2**18, "tcq0"], ["scalar", 1], [2**18, "tcq0"]]] * 64),
+        "columns of nothing",
+    ),
+    "in part shared beyond the layout": (
+        form([[1, "float16", 2, "int4"], ["scalar", 1], OWN]),
+        "no shared left tensor 2",
+    ),
+    "in part shared on a right tensor": (
+        form([[1, "float16", 1, "int4"], ["scalar", 1], OWN]),
+        "no shared left tensor 1",
+    ),
+    "in part shared on a left tensor": (
+        form([OWN, ["scalar", 1], [1, "float16", 0, "int4"]]),
+        "no shared right tensor 0",
+    ),
+    "in part shared on tensor -1": (
+        form([[1, "float16", -1, "int4"], ["scalar", 1], OWN]),
+        "-1 is not a count",
+    ),
+    "in part shared on tensor true": (
+        form([[1, "float16", True, "int4"], ["scalar", 1], OWN]),
+        "True is not a count",
+    ),
+    "loadings of an unknown codec": (
+        form([[1, "float16", 0, "int5"], ["scalar", 1], OWN]),
+        "codec 'int5' is not known",
+    ),
+    "loadings without a codec": (form([[1, "float16", 0], ["scalar", 1], OWN]), "not enough values"),
+    "a factor of five things": (form([[1, "float16", 0, "int4", 0], ["scalar", 1], OWN]), "too many values"),
+    "a factor that is a text": (form(["ab", ["scalar", 1], OWN]), "is not a count"),
     "a codec of many names": (form([0, ["full", "int4*1+" * 20 + "int1"], 1]), "is not known"),
     "a codec that is no text": (form([0, ["full", ["int4"]], 1]), "is not a text"),
     "unknown codec": (form([0, ["full", "int9"], 1]), "codec 'int9' is not known"),
@@ -331,6 +426,15 @@ LIMITS: dict[str, tuple[Callable[[Body], Any], str]] = {
     "many runs": (adapter(forms=[[0, 2]] * 10**4), "forms of cow: [0, 2]"),
     "too few forms": (adapter(forms=[0]), "forms of cow has 1 entries for 2 modules"),
     "a form that is not there": (adapter(forms=[0, 99]), "forms of cow: 99"),
+    "forms of another digit": (adapter(forms="B-"), "'-' is not a digit of base 64"),
+    "forms of a digit of another script": (adapter(forms="B١"), "is not a digit of base 64"),
+    "forms of a few digits": (adapter(forms="B"), "a text of 1 digits for 2 modules"),
+    "forms of no digits": (adapter(forms=""), "a text of 0 digits for 2 modules"),
+    "forms of three digits for two": (adapter(forms="ABA"), "a text of 3 digits for 2 modules"),
+    "forms of three digits each": (adapter(forms="AAAAAA"), "a text of 6 digits for 2 modules"),
+    "forms of a digit too far": (adapter(forms="BF"), "forms of cow: 4"),
+    "forms of two digits too far": (adapter(forms="AB//"), "forms of cow: 4094"),
+    "layouts as a text": (lambda b: b.update(module_layouts="AA"), "is not a manifest of version 1"),
     "form -2": (adapter(forms=[0, -2]), "forms of cow: -2"),
     "a layout that is not there": (lambda b: b.update(module_layouts=[0, 2]), "module_layouts: 2"),
     "an error below 0": (adapter(error=-1), "error of cow is -1.0"),

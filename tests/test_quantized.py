@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorazip import quantized
-from lorazip.codecs import DTYPES, MAX_NAME, Integers, codec, integers
+from lorazip import quantized, trellis
+from lorazip.codecs import DTYPES, MAX_NAME, Integers, codec, integers, unstored
 from lorazip.errors import BundleError, CodecError
 
 steady = settings(derandomize=True, deadline=None, max_examples=40)
@@ -21,6 +21,10 @@ NAMES = [
     f"int{bits}{scope}" for bits, scope in itertools.product(quantized.BITS, ("", "t", "g1", "g5", "g64"))
 ]
 MIXED = ["int4*2+int1", "int8g3*1+int3t", "int2t*3+int1*1+int6g4"]
+CODED = [f"tcq{rate:g}{u}" for rate in trellis.RATES for u in ("", "u")] + ["tcq0"]
+OTHERS = [
+    "float16*1+int8*1+tcq3*2+tcq0", "tcq0*1+float32", "tcq1.5u*2+bfloat16*1+int4g5", "tcq5*1+tcq0.5u", "int4t*3+tcq2",
+]  # fmt: skip
 names = st.sampled_from([*NAMES, *MIXED])
 shapes = st.one_of(
     st.tuples(st.integers(0, 200)),
@@ -52,13 +56,42 @@ def test_the_example_of_the_specification() -> None:
     assert quantized.pack(torch.tensor([5, 1, 7, 0, 2]), 3).tolist() == [205, 33]
 
 
-@given(names, shapes, st.integers(0, 2**31))
-@steady
+@given(st.sampled_from([*NAMES, *MIXED, *CODED, *OTHERS]), shapes, st.integers(0, 2**31))
+@settings(derandomize=True, deadline=None, max_examples=120)
 def test_parts_describe_what_is_stored(name: str, shape: tuple[int, ...], seed: int) -> None:
     described, made = codec(name).parts(shape), codec(name).encode(normal(shape, seed))
     assert [(DTYPES[p.dtype], p.count) for p in described] == [(m.dtype, m.numel()) for m in made]
     back = codec(name).decode(made, shape)
     assert back.dtype == torch.float32 and tuple(back.shape) == shape
+    assert torch.equal(codec(name).decode([part.clone() for part in made], shape), back)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_mixture_is_its_codecs_one_after_the_other(name: str) -> None:
+    x = normal((7, 70), 0)
+    rows, at, parts, values = name.split("+"), 0, [], []
+    for piece in rows:
+        one, _, count = piece.partition("*")
+        some = x[at : at + int(count)] if count else x[at:]
+        parts += codec(one).encode(some)
+        values.append(codec(one).decode(codec(one).encode(some), some.shape))
+        at += len(some)
+    made = codec(name).encode(x)
+    assert len(made) == len(parts)
+    assert all(torch.equal(a, b) for a, b in zip(made, parts, strict=True))
+    assert torch.allclose(codec(name).decode(made, x.shape), torch.cat(values), atol=1e-6)
+
+
+def test_rows_of_nothing_are_counted() -> None:
+    counts = {
+        "tcq0": 5,
+        "tcq0.5": 0,
+        "int4*2+tcq0": 3,
+        "tcq0*2+int4*1+tcq0": 4,
+        "tcq0*9+int4": 5,
+        "int4*9+tcq0": 0,
+    }
+    assert {name: unstored(name, 5) for name in counts} == counts
 
 
 @pytest.mark.parametrize("name", ["int1", "int2", "int3", "int4", "int6", "int8"])
@@ -163,7 +196,7 @@ def test_a_gpu_decodes_the_same_bits(name: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_refused(value: float) -> None:
-    for name in ("int4", "int4*1+int1"):
+    for name in ("int4", "int4*1+int1", "tcq2", "tcq2u", "tcq0", "int4*1+tcq2"):
         with pytest.raises(CodecError):
             codec(name).encode(torch.tensor([[0.0, value], [0.0, value]]))
 
@@ -171,20 +204,21 @@ def test_what_is_no_number_is_refused(value: float) -> None:
 @pytest.mark.parametrize(
     "name",
     ["int", "int5", "int7", "int04", "int4g0", "int4g", "int4tt", "int4g64t", "int4*0+int1", "int4*2", "int4+int1",
-     "int4*1+", "*1+int4", "int4*1+float16", "float16*1+int4", "int4 ", "int4\n", "INT4", "int4g12345678",
-     "int4*1+" * 9 + "int1", "int١"],
+     "int4*1+", "*1+int4", "int4*1+float8", "float16*1+int5", "int4 ", "int4\n", "INT4", "int4g12345678",
+     "int4*1+" * 18 + "int1", "int١", "tcq", "tcq7", "tcq6", "tcq0u", "tcq1.0", "tcq0.50", "tcq.5", "tcq01", "tcq-1",
+     "tcq1uu", "tcq1g64", "tcq١", "tcq3.5", "tcq0.25", "tcq1*1+tcq7", "tcq0u*1+int4", "TCQ1"],
 )  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(BundleError, match="is not known to this version"):
         codec(name)
 
 
-def test_a_name_has_64_characters_at_most() -> None:
-    longest = "int4*1+" * 8 + "int4g123"
-    assert len(longest) == MAX_NAME
+def test_a_name_has_128_characters_at_most() -> None:
+    longest = "int4*1+" * 17 + "int4g1234"
+    assert len(longest) == MAX_NAME == 128
     codec(longest)
     with pytest.raises(BundleError):
-        codec(longest + "4")
+        codec(longest + "5")
 
 
 def test_names_for_bits() -> None:

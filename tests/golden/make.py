@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests .venv/bin/python -m golden.make tests/golden/v1
     PYTHONPATH=tests .venv/bin/python -m golden.make tests/golden/v1-integers    # codecs of few bits, added later
+    PYTHONPATH=tests .venv/bin/python -m golden.make tests/golden/v1-trellis     # trellis codes, sides in part shared
 
-Three bundles are written by hand, with numbers that every codec holds exactly and every kind of term; the others are
-what `compress` made of small random adapters. Beside each NAME.lorazip lies NAME.npz: the dense matrices,
+Some bundles are written by hand, with every kind of term, side and codec; the others are what `compress` made of small
+random adapters. Beside each NAME.lorazip lies NAME.npz: the dense matrices,
 "adapter/module" -> D, as the independent reader (reader.py) gave them on that day.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +139,19 @@ def forms(path: Path) -> None:
     )
 
 
+def streams(slots: list[Slot]) -> Streams:
+    """Some content for these slots; scales are not negative."""
+    parts = [part for slot in slots for part in slot.parts()]
+    found: Streams = {}
+    for dtype in ("U8", "BF16", "F16", "F32"):
+        count = sum(p.count for p in parts if p.dtype == dtype)
+        if dtype == "U8":
+            found[dtype] = [float((i * 37 + 11 * len(parts)) % 256) for i in range(count)]
+        elif count:
+            found[dtype] = [abs(x) for x in numbers(count, len(parts))]
+    return found
+
+
 INTEGERS = ("int1", "int2", "int3g2", "int4t", "int6", "int8g3", "int4*1+int1", "int8*2+int3g4*1+int2t")
 
 
@@ -152,12 +167,6 @@ def integers(path: Path) -> None:
     own: Form = tuple(Term(Own(3, name), Core("scalar", value=0.5), Own(3, name)) for name in INTEGERS)
     small: Form = (Term(Own(1, "int3"), Core("scalar"), Own(1, "int3")),)
 
-    def streams(slots: list[Slot]) -> Streams:
-        parts = [part for slot in slots for part in slot.parts()]
-        count = {d: sum(p.count for p in parts if p.dtype == d) for d in ("U8", "BF16")}
-        octets = [float((i * 37 + 11 * len(parts)) % 256) for i in range(count["U8"])]
-        return {"U8": octets, "BF16": [abs(x) for x in numbers(count["BF16"], len(parts))]}
-
     by_hand(
         path,
         modules,
@@ -171,6 +180,114 @@ def integers(path: Path) -> None:
             ),
         },
     )
+
+
+RATES = ("0.5", "1", "1.5", "2", "2.5", "3", "4", "5")
+WIDE = Module("x.q", 65, 6, ())  # a block that is turned, and a number that is not
+LONG = Module("x.v", 3, 130, ())
+
+
+def rates(path: Path) -> None:
+    """Every rate with and without scales, for shared tensors, cores and own factors."""
+    names = [f"tcq{rate}{u}" for rate in RATES for u in ("", "u")]
+    layout = tuple(Shared(side, 2, name) for name in names for side in SIDES)
+    modules = (replace(WIDE, layout=layout), LONG)
+    cores: Form = tuple(
+        Term(2 * i, core, 2 * i + 1)
+        for i, name in enumerate(names)
+        for core in (Core("full", name), Core("diagonal", name), Core("factored", name, 1))
+    )
+    own: Form = tuple(Term(Own(2, name), Core("scalar", value=0.5), Own(2, name)) for name in names)
+    slots = own_slots(cores, layout, 65, 6) + own_slots(own, (), 3, 130)
+    by_hand(
+        path,
+        modules,
+        streams(shared_slots(layout, 65, 6)),
+        {
+            "all": ((cores, own), streams(slots), CONFIG),
+            "turned": ((own, None), streams(own_slots(own, layout, 65, 6)), CONFIG),
+        },
+    )
+
+
+MIXED = (
+    "float16*1+tcq2", "tcq1.5u*2+int4*1+bfloat16", "tcq3*1+tcq1*1+tcq0", "float32*1+int8g3*1+tcq5u*1+tcq0.5",
+    "tcq0*1+tcq4", "int2t*1+tcq2.5*1+float16", "tcq1*2+tcq2u", "tcq2*9+int1", "tcq0",
+)  # fmt: skip
+
+
+def mixtures(path: Path) -> None:
+    """Plain, integer and trellis codecs in one tensor, of more and of fewer rows than the first ones."""
+    layout = tuple(
+        Shared(side, 4, name) for name in MIXED if "tcq0" not in name[:4] + name[-4:] for side in SIDES
+    )
+    own: Form = tuple(Term(Own(4, name), Core("scalar"), Own(4, MIXED[0])) for name in MIXED)
+    few: Form = tuple(Term(Own(1, name), Core("full", MIXED[1]), Own(2, name)) for name in MIXED)
+    cores: Form = tuple(
+        Term(2 * i, Core(kind, shared.codec, 3 if kind == "factored" else 0), 2 * i + 1)
+        for i, shared in enumerate(layout[::2])
+        for kind in ("full", "diagonal", "factored")
+    )
+    modules = (replace(WIDE, layout=layout), LONG)
+    slots = own_slots(cores, layout, 65, 6) + own_slots(few, (), 3, 130)
+    by_hand(
+        path,
+        modules,
+        streams(shared_slots(layout, 65, 6)),
+        {
+            "cores": ((cores, few), streams(slots), CONFIG),
+            "own": ((None, own), streams(own_slots(own, (), 3, 130)), CONFIG),
+        },
+    )
+
+
+def parts(path: Path) -> None:
+    """Factors in part shared on either side and on both, between all kinds of cores."""
+    layout = (
+        Shared("right", 4, "tcq3u"),
+        Shared("left", 3, "tcq2u"),
+        Shared("left", 2, "float16"),
+        Shared("right", 1, "int4"),
+    )
+    both: Form = (Term(Own(2, "tcq1", 1, "int4"), Core("scalar"), Own(2, "tcq2u", 0, "int6")),)
+    left: Form = (Term(Own(3, "float16*1+tcq0", 2, "int8*1+int4"), Core("scalar", value=2), Own(3, "tcq4")),)
+    right: Form = (
+        Term(Own(2, "tcq2"), Core("full", "float32"), Own(3, "tcq0", 0, "bfloat16")),
+        Term(1, Core("diagonal", "float16"), Own(3, "int8", 3, "tcq5")),
+    )
+    several: Form = (
+        *both,
+        Term(
+            Own(2, "tcq0", 2, "float32"), Core("factored", "float16", 1), Own(3, "tcq1.5u", 3, "tcq2*1+int3t")
+        ),
+        Term(Own(1, "float32", 2, "float16"), Core("scalar"), 3),
+    )
+    shapes = (65, 6), (3, 130)
+    modules = tuple(replace(m, layout=layout) for m in (WIDE, LONG))
+    shared = [slot for shape in shapes for slot in shared_slots(layout, *shape)]
+
+    def adapter(*forms: Form) -> tuple[Any, ...]:
+        slots = [
+            s for form, shape in zip(forms, shapes, strict=True) for s in own_slots(form, layout, *shape)
+        ]
+        return forms, streams(slots), CONFIG
+
+    adapters = {"both": adapter(both, both), "left": adapter(left, right), "right": adapter(right, several)}
+    by_hand(path, modules, streams(shared), adapters)
+
+
+def digit(path: Path, count: int = 5, length: int = 20) -> None:
+    """Forms as a text, without a module: so many of them, in so many modules."""
+    layout = (Shared("left", 1, "float16"), Shared("right", 1, "float16"))
+    known: list[Form] = [(Term(0, Core("scalar", value=i + 0.5), 1),) for i in range(count)]
+    modules = tuple(Module(f"m{i:02}", 1, 2, layout) for i in range(length))
+    chosen = tuple(None if i == 3 else known[i * i % count if i < 9 else i % count] for i in range(length))
+    by_hand(path, modules, {"F16": numbers(3 * length, 1)}, {"alone": (chosen, {}, CONFIG)})
+
+
+def digits(path: Path) -> None:
+    """The same with more forms than one digit can name."""
+    digit(path, 66, 75)
 
 
 SHAPES = {"layers.0.k_proj": (4, 16), "layers.0.q_proj": (12, 16)}
@@ -190,6 +307,11 @@ FEW_BITS = {
     "jd-4": lorazip.Spec("jd-full", rank=6, bits=4, clusters=2),
     "jd-mixed": lorazip.Spec("jd-full", rank=9, bits=2.5, core_bits=8, dtype="bfloat16"),
     "diag-cores": lorazip.Spec("jd-diag", rank=6, core_bits=6, dtype="float32"),
+}
+
+
+TRELLIS = {
+    "auto-bound": lorazip.Spec("auto", max_error=0.1),
 }
 
 
@@ -229,7 +351,11 @@ def main(target: Path, which: str) -> None:
         np.savez_compressed(path.with_suffix(".npz"), **single)
 
 
-SETS = {"v1": ([example, forms], COMPRESSED), "v1-integers": ([integers], FEW_BITS)}
+SETS = {
+    "v1": ([example, forms], COMPRESSED),
+    "v1-integers": ([integers], FEW_BITS),
+    "v1-trellis": ([rates, mixtures, parts, digit, digits], TRELLIS),
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[1]).name)

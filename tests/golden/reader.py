@@ -119,7 +119,7 @@ class Cursor:
         for t in range(steps):
             state = (state * 2**k + codes[:, t]) % 1024
             numbers[:, t] = table[state]
-        values = numbers.reshape(rows, -1)[:, :width]
+        values = numbers.reshape(rows, steps * v)[:, :width]
         for at in range(0, width - 63, 64):
             values[:, at : at + 64] = values[:, at : at + 64] @ TURN
         scales = self.run("BF16", rows) if scaled else np.ones(rows)
