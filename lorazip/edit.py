@@ -117,7 +117,8 @@ def _shared_entries(bundle: Bundle, used: Sequence[Sequence[int]]) -> list[Entry
     for index, kept in enumerate(used):
         for which in kept:
             for dtype, data in bundle.shared_parts(index, which):
-                pieces.setdefault(dtype, []).append(data)
+                if len(data):  # a stream without elements is absent
+                    pieces.setdefault(dtype, []).append(data)
     return [Entry(dtype, dtype, (sum(map(len, data)),), data) for dtype, data in pieces.items()]
 
 

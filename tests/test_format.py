@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorazip
-from lorazip import cli, codecs, export, trellis
+from lorazip import cli, codecs, edit, export, trellis
 from lorazip import manifest as manifests
 from lorazip.bundle import Bundle
 from lorazip.errors import BundleError
@@ -101,6 +101,16 @@ def test_old_bundles_are_exported(path: Path, tmp_path: Path) -> None:
         for module, dense in other.matrices(done.name).items():
             a, b = (tensors[f"{PREFIX}{module}.lora_{side}.weight"].double().numpy() for side in "AB")
             assert np.linalg.norm(b @ a - dense) <= 1e-6 * np.linalg.norm(dense)
+
+
+@pytest.mark.parametrize("path", GOLDEN + LATER, ids=lambda path: path.stem)
+def test_an_adapter_is_the_same_in_a_smaller_bundle(path: Path, tmp_path: Path) -> None:
+    """Shared tensors that nobody else needs are left out, and the others renumbered."""
+    whole = reader.Bundle(path)
+    for name in whole.names:
+        edit.subset(Bundle.open(path), [name], tmp_path / name)
+        found = assert_equal_readers(tmp_path / name).matrices(name)
+        assert all(np.array_equal(found[key], dense) for key, dense in whole.matrices(name).items())
 
 
 @pytest.mark.parametrize(("write", "count"), BY_HAND, ids=lambda value: getattr(value, "__name__", ""))

@@ -42,7 +42,7 @@ def expected_files() -> dict[str, bytes]:
     """Everything that belongs into the package, by its name inside it; the links are followed."""
     package = ROOT / "lorazip"
     folders = (package, *(package / name for name in LINKED))
-    patterns = ("*.py", "*.j2", "py.typed")
+    patterns = ("*.py", "*.j2", "py.typed", "trellis.safetensors")
     files = {path for folder in folders for pattern in patterns for path in folder.rglob(pattern)}
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
 
@@ -62,6 +62,7 @@ def test_wheel_holds_the_real_files(wheel: Path) -> None:
     assert held == expected_files()
     assert "lorazip/compress/lowrank.py" in held
     assert any(name.startswith("lorazip/templates/") for name in held)
+    assert "lorazip/trellis.safetensors" in held
     assert not [name for name, mode in modes.items() if stat.S_ISLNK(mode)]
 
 
@@ -96,6 +97,8 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         import lorazip.cli, lorazip.compress.svd  # lorazip.compress itself is the function of the public API
+        import lorazip.trellis
+        assert lorazip.trellis.trellis(1.5).table.shape == (1024, 2)
         print(lorazip.cli.__file__, sys.modules["lorazip.compress.svd"].__file__, sep="\\n", flush=True)
         lorazip.cli.main(["--help"])
     """

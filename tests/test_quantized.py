@@ -69,8 +69,10 @@ def test_parts_describe_what_is_stored(name: str, shape: tuple[int, ...], seed: 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_mixture_is_its_codecs_one_after_the_other(name: str) -> None:
     x = normal((7, 70), 0)
-    rows, at, parts, values = name.split("+"), 0, [], []
-    for piece in rows:
+    at = 0
+    parts: list[Tensor] = []
+    values: list[Tensor] = []
+    for piece in name.split("+"):
         one, _, count = piece.partition("*")
         some = x[at : at + int(count)] if count else x[at:]
         parts += codec(one).encode(some)

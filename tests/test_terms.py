@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorazip.manifest import pack_term, unpack_term
 from lorazip.terms import (
     Core,
     Form,
@@ -19,6 +21,7 @@ from lorazip.terms import (
     Term,
     columns,
     decode,
+    described,
     own_slots,
     rank,
     renumbered,
@@ -42,7 +45,14 @@ OWN = Term(Own(2, "float32"), Core("scalar", value=2.0), Own(2, "float32"))
 OWN_LEFT = Term(Own(2, "float32"), Core("full", "float32"), 1)
 OWN_RIGHT = Term(0, Core("full", "float32"), Own(2, "float32"))
 OWN_FACTORED = Term(Own(3, "float32"), Core("factored", "float32", 1), Own(2, "float32"))
-TERMS = [FULL, TALL, DIAGONAL, FACTORED, SCALAR, OWN, OWN_LEFT, OWN_RIGHT, OWN_FACTORED]
+PART_LEFT = Term(Own(2, "float32", 3, "float32"), Core("scalar", value=3.0), Own(2, "float32"))
+PART_RIGHT = Term(Own(2, "float32"), Core("full", "float32"), Own(3, "float32", 2, "float32"))
+PART_BOTH = Term(
+    Own(3, "float32", 0, "float32"), Core("diagonal", "float32"), Own(3, "float32", 1, "float32")
+)
+PART_FACTORED = Term(Own(4, "float32", 0, "float32"), Core("factored", "float32", 2), 2)
+PARTS = [PART_LEFT, PART_RIGHT, PART_BOTH, PART_FACTORED]
+TERMS = [FULL, TALL, DIAGONAL, FACTORED, SCALAR, OWN, OWN_LEFT, OWN_RIGHT, OWN_FACTORED, *PARTS]
 
 
 def numbers(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -57,11 +67,18 @@ def filled(form: Form, seed: int = 0) -> tuple[dict[int, Tensor], list[Tensor]]:
 
 
 def dense(form: Form, shared: dict[int, Tensor], own: list[Tensor]) -> Tensor:
-    """sum_t L C R^T written out: stored in file order left, core, right; outer factors one column a row."""
+    """sum_t L C R^T written out: stored in file order left, core, right; outer factors one column a row, X then Y."""
     rest = [t.double() for t in own]
+
+    def outer(side: int | Own) -> Tensor:
+        if isinstance(side, int):
+            return shared[side].double()
+        rows = rest.pop(0)
+        return rows if side.basis is None else rows + rest.pop(0) @ shared[side.basis].double()
+
     total = torch.zeros(OUT, IN, dtype=torch.float64)
     for term in form:
-        left = shared[term.left].double() if isinstance(term.left, int) else rest.pop(0)
+        left = outer(term.left)
         core: Any
         match term.core.kind:
             case "full":
@@ -72,7 +89,7 @@ def dense(form: Form, shared: dict[int, Tensor], own: list[Tensor]) -> Tensor:
                 core = rest.pop(0).T @ rest.pop(0)
             case "scalar":
                 core = term.core.value * torch.eye(len(left), dtype=torch.float64)
-        right = shared[term.right].double() if isinstance(term.right, int) else rest.pop(0)
+        right = outer(term.right)
         total += left.T @ core @ right
     assert not rest
     return total
@@ -114,6 +131,10 @@ def test_the_empty_form_is_zero() -> None:
         (OWN_LEFT, [(2, OUT), (2, 4)]),
         (OWN_RIGHT, [(3, 2), (2, IN)]),
         (OWN_FACTORED, [(3, OUT), (1, 3), (1, 2), (2, IN)]),
+        (PART_LEFT, [(2, OUT), (2, 4), (2, IN)]),
+        (PART_RIGHT, [(2, OUT), (2, 3), (3, IN), (3, 3)]),
+        (PART_BOTH, [(3, OUT), (3, 3), (3,), (3, IN), (3, 4)]),
+        (PART_FACTORED, [(4, OUT), (4, 3), (2, 4), (2, 3)]),
     ],
 )
 def test_own_tensors_lie_in_file_order(term: Term, shapes: list[tuple[int, ...]]) -> None:
@@ -128,7 +149,7 @@ def test_shared_tensors_lie_one_column_a_row() -> None:
 
 
 def test_the_rank_of_a_form_is_that_of_its_narrowest_factors() -> None:
-    assert [rank((term,), LAYOUT) for term in TERMS] == [3, 3, 3, 2, 3, 2, 2, 2, 1]
+    assert [rank((term,), LAYOUT) for term in TERMS] == [3, 3, 3, 2, 3, 2, 2, 2, 1, 2, 2, 3, 2]
     assert columns(OWN_FACTORED, LAYOUT) == (3, 2) and columns(FULL, LAYOUT) == (3, 4)
     assert rank((FULL, OWN), LAYOUT) == 5
 
@@ -138,6 +159,46 @@ def test_shared_indices_are_found_and_renumbered() -> None:
     assert shared_indices(form) == [0, 1, 2, 3] and shared_indices((OWN,)) == []
     moved = renumbered((TALL, OWN_LEFT), {3: 0, 2: 1, 1: 5})
     assert moved == (Term(0, TALL.core, 1), Term(OWN_LEFT.left, OWN_LEFT.core, 5))
+    assert shared_indices((PART_LEFT,)) == [3] and shared_indices((PART_BOTH, PART_RIGHT)) == [0, 1, 2]
+    assert renumbered((PART_BOTH, OWN), {0: 7, 1: 4}) == (
+        Term(Own(3, "float32", 7, "float32"), PART_BOTH.core, Own(3, "float32", 4, "float32")),
+        OWN,
+    )
+
+
+def test_a_side_in_part_shared_is_its_own_rows_and_loadings_on_the_shared_ones() -> None:
+    """The formula with numbers: x + S y."""
+    shared = {0: torch.tensor([[1.0, 0, 0], [0, 1, 0]])}
+    form = (Term(Own(1, "float32", 0, "float32"), Core("scalar", value=2.0), Own(1, "float32")),)
+    own = [torch.tensor([[0.0, 0, 5]]), torch.tensor([[3.0, -4]]), torch.tensor([[1.0, 10]])]
+    b, a = decode(form, shared, own, 3, 2)
+    assert (b @ a).tolist() == [[6, 60], [-8, -80], [10, 100]]
+
+
+def test_the_codecs_of_rows_and_loadings_are_kept_apart() -> None:
+    slots = own_slots((Term(Own(2, "tcq1", 0, "int4"), Core("scalar"), Own(2, "tcq2u")),), LAYOUT, OUT, IN)
+    assert slots == [Slot((2, OUT), "tcq1"), Slot((2, 3), "int4"), Slot((2, IN), "tcq2u")]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_terms_come_back_from_json(term: Term) -> None:
+    packed = json.loads(json.dumps(pack_term(term)))
+    assert unpack_term(packed) == term
+    sides = [(packed[0], term.left), (packed[2], term.right)]
+    for written, side in sides:
+        if isinstance(side, Own):
+            assert len(written) == (2 if side.basis is None else 4)
+
+
+def test_forms_are_described_in_a_few_words() -> None:
+    assert described(()) == "nothing"
+    assert described((OWN,)) == "rank 2 float32"
+    assert described((FULL,)) == "core full float32" and described((SCALAR,)) == "core scalar"
+    assert described((FULL, OWN)) == "core full float32 + rank 2 float32"
+    assert described((PART_LEFT,)) == "rank 2 float32 on shared L"
+    assert described((PART_BOTH,)) == "rank 3 float32 on shared L and R"
+    mixed = Term(Own(3, "tcq4*2+tcq2"), Core("scalar"), Own(3, "float16*1+tcq3u", 0, "int4"))
+    assert described((mixed,)) == "rank 3 tcq/float16 on shared R"
 
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "bfloat16"])

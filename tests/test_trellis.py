@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def walked(codes: Tensor, rate: float) -> NDArray[np.float64]:
 
 def hadamard() -> NDArray[np.float64]:
     """What a block is multiplied with from the right when it is turned back."""
-    matrix = np.ones((1, 1))
+    matrix: NDArray[Any] = np.ones((1, 1))
     while len(matrix) < 64:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     signs = [-1 if SIGNS >> j & 1 else 1 for j in range(64)]
