@@ -70,11 +70,16 @@ def check_target(output: Path, resume: bool, force: bool) -> None:
             raise TargetError(
                 f"{output} holds {foreign}, which is no part of a bundle and would be lost (choose another name)"
             )
-    if os.path.ismount(output):
-        raise TargetError(f"{output} is a mount point, which cannot be replaced (name a directory in it)")
     partial = folder(output)
     if partial.exists() and not resume and not force:
         raise TargetError(f"{partial} is an unfinished run (--resume continues it, --force discards it)")
+    check_place(output)
+
+
+def check_place(output: Path) -> None:
+    """Refuse a place that nothing can be renamed to."""
+    if os.path.ismount(output):
+        raise TargetError(f"{output} is a mount point, which cannot be replaced (name a directory in it)")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,9 +116,11 @@ def folder(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def working(output: Path, job: str, resume: bool, force: bool) -> Iterator[Path]:
+def working(output: Path, job: str, resume: bool, force: bool, keep: bool = True) -> Iterator[Path]:
     """The locked folder of this job: a fresh one, or with `resume` the one that is there.
 
+    Args:
+        keep: what is left of a run that ends early, so that it can be resumed.
     Raises:
         TargetError: it belongs to another job, another process works in it, it is not ours, or cannot be made.
     """
@@ -134,10 +141,11 @@ def working(output: Path, job: str, resume: bool, force: bool) -> Iterator[Path]
             write_bytes(partial / NOTE, json.dumps({"job": job}).encode())
         try:
             yield partial
-        except TargetError:
-            raise  # no room, say: with some it can go on
-        except LorazipError:  # of the options or inputs: a resumed run would meet it again
-            discard(partial, output)
+        except BaseException as error:
+            # With room, say, it can go on; what is wrong with options or inputs a resumed run would meet again.
+            lasting = isinstance(error, LorazipError) and not isinstance(error, TargetError)
+            if lasting or not keep:
+                discard(partial, output)
             raise
 
 
@@ -165,15 +173,18 @@ def _clear(partial: Path, output: Path) -> None:
         raise TargetError(f"{partial} cannot be emptied: {error.strerror}") from error
 
 
-def publish(partial: Path, output: Path, force: bool) -> None:
+def publish(partial: Path, output: Path, force: bool, mark: str = MANIFEST) -> None:
     """Rename the finished bundle to its final name and remove the folder.
 
     With `force` an old bundle moves aside, and is deleted once the new one is there.
+
+    Args:
+        mark: the file that every directory of its kind has: nothing else is replaced.
     """
     with contextlib.ExitStack() as stack:
         try:
             if output.exists() and any(output.iterdir()):
-                if not force or not (output / MANIFEST).is_file():
+                if not force or not (output / mark).is_file():
                     raise TargetError(
                         f"{output} appeared while the job ran (move it elsewhere, then --resume)"
                     )

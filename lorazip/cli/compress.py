@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lorazip import quantized, report, units
-from lorazip.cli import render
+from lorazip.cli import render, sweep
 from lorazip.codecs import CODECS
 from lorazip.compress import job
 from lorazip.compress.methods import NAMES
@@ -19,7 +19,8 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 
 @click.command(epilog="Example: lorazip compress adapters/ -o team.lorazip --max-error 0.05")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle directory to make.")
+@click.option("-o", "--output", type=click.Path(path_type=Path),
+              help="Bundle directory to make (--sweep: directory of frontier.json and frontier.svg).")  # fmt: skip
 @click.option(
     "--method", type=click.Choice(NAMES), default="auto", show_default=True, help="How to compress."
 )
@@ -47,10 +48,18 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 )
 @click.option("--ratio", type=float, help="auto: how many times smaller the bundle is to be, at least.")
 @click.option("--budget", type=int, help="auto: bytes of the bundle, at most.")
+@click.option("--sweep", "sweeping", is_flag=True,
+              help="auto: make no bundle to keep, but find what each of --ratios costs in error.")  # fmt: skip
+@click.option("--ratios", metavar="LIST", help="--sweep: these ratios. Default: 4,8,16,32,64.")
+@click.option("--eval", "model", metavar="MODEL",
+              help="--sweep: also what each bundle keeps of the score on --tasks, by this base model (a directory or "
+                   "a Hub id).")  # fmt: skip
+@click.option("--tasks", multiple=True, metavar="SOURCE",
+              help="--sweep: tasks for --eval, as lorazip eval takes them; may be repeated.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--base", help="Base model of all adapters, where their configs disagree about its name.")
 @click.option("--skip-bad", is_flag=True, help="Leave adapters with defects out, and record them.")
-@click.option("--dry-run", is_flag=True, help="Compute all figures, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Compute all figures, make no bundle. auto predicts them.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace a bundle, discard an unfinished run.")
 @click.option(
@@ -73,6 +82,10 @@ def compress(
     group: int | None,
     ratio: float | None,
     budget: int | None,
+    sweeping: bool,
+    ratios: str | None,
+    model: str | None,
+    tasks: tuple[str, ...],
     device: str,
     base: str | None,
     skip_bad: bool,
@@ -95,13 +108,29 @@ def compress(
     --method auto takes one of --max-error, --ratio and --budget and chooses rank and bits for every module of every
     adapter: the least bytes at that error, or the least mean error in those bytes. Its --max-error bounds an adapter's
     error over all its modules; the other methods hold it in every single module.
+
+    --sweep keeps no bundle: for each of --ratios it makes one, measures it and discards it, or with --dry-run predicts
+    it. A table, frontier.json and frontier.svg say what comes out; a ratio that cannot be reached says why. With --eval
+    and --tasks every bundle is also evaluated, as lorazip eval does without further options.
     """
-    if output is None and not dry_run:
+    if output is None and not dry_run and not sweeping:
         raise UsageError("say where to write the bundle: -o BUNDLE (or --dry-run)")
     spec = Spec(
         method, rank, energy, max_error, clusters, weights, dtype, device,  # type: ignore[arg-type]
         bits, None if core_bits is None else int(core_bits), basis_bits, group, ratio, budget,
     )  # fmt: skip
+    if sweeping:
+        if resume or page is not None:
+            raise UsageError(
+                "a sweep makes no bundle to report on or to go on with (leave --report, --resume out)"
+            )
+        sweep.run(
+            paths, spec, output, ratios=ratios, model=model, tasks=tasks, base=base, skip_bad=skip_bad,
+            dry_run=dry_run, force=force, as_json=as_json,
+        )  # fmt: skip
+        return
+    if (ratios, model, tasks) != (None, None, ()):
+        raise UsageError("--ratios, --eval and --tasks are for --sweep (give it, or leave them out)")
     if page is not None:
         _check_page(page, output, force)
     with render.progress() as progress:

@@ -12,7 +12,7 @@ from lorazip.cli import render
 from lorazip.errors import UsageError
 from lorazip.eval import job, session, tasks
 from lorazip.eval.prompts import TEMPLATE
-from lorazip.eval.results import REPORT, RESULTS, Gate, Interval, Results
+from lorazip.eval.results import REPORT, RESULTS, Gate, Results
 from lorazip.eval.spec import AUTO, PRIMARY, EvalSpec
 
 CODES = {"pass": 0, "fail": 1, "undecided": 3}
@@ -218,11 +218,11 @@ def _show(results: Results, output: Path) -> None:
         rows.append(
             [
                 one.arm,
-                _interval(one.score),
-                _interval(one.kept),
+                render.interval(one.score),
+                render.interval(one.kept),
                 flips,
                 worst,
-                _interval(one.drift, "+"),
+                render.interval(one.drift, "+"),
                 "-" if one.loss is None else f"{one.loss.estimate:.3f}",
                 units.size(arm.nbytes) if arm.nbytes else "-",
                 "-" if arm.ratio is None else f"{arm.ratio:.2f}",
@@ -261,11 +261,5 @@ def _show_gate(gate: Gate) -> None:
         )
         most = f"{100 * check.threshold:g}"
         rule = f"keep at least {most} %" if check.rule == "min-retention" else f"lose at most {most} points"
-        click.echo(f"gate: {check.arm}: {rule}: {_interval(check.value)} -> {check.verdict}{needed}")
+        click.echo(f"gate: {check.arm}: {rule}: {render.interval(check.value)} -> {check.verdict}{needed}")
     click.echo(f"gate: {gate.verdict}")
-
-
-def _interval(value: Interval | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value.estimate:{sign}.1f} ({100 * value.low:{sign}.1f} to {100 * value.high:{sign}.1f})"

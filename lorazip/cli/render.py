@@ -27,6 +27,7 @@ from rich.text import Text
 
 from lorazip import units
 from lorazip.errors import printable
+from lorazip.eval.results import Interval
 
 
 class Report(Protocol):
@@ -100,3 +101,10 @@ def table(title: str, columns: list[str], rows: list[list[str]], numbers: int = 
     if not console.is_terminal:
         console = Console(width=160)
     console.print(drawn)
+
+
+def interval(value: Interval | None, sign: str = "") -> str:
+    """An estimate and its interval, in per cent."""
+    if value is None:
+        return "-"
+    return f"{100 * value.estimate:{sign}.1f} ({100 * value.low:{sign}.1f} to {100 * value.high:{sign}.1f})"
