@@ -31,7 +31,7 @@ from typing import Any
 import frontier_kept
 import frontier_page
 import peers
-from frontier_measure import ROOT, Row, Store, Subset, code, compressed
+from frontier_measure import ROOT, Row, Store, Subset, code, compressed, ready
 from frontier_methods import TITLES, Ladder, Sizes, described, ladders
 
 from lorazip import Spec, open_adapters
@@ -231,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.page:
         frontier_page.write(options.page, store, plan.found, scores(options.zoo))
         return
+    ready()
     bench = Bench(store, options.threads)
     if options.only != "kept":
         for cell in plan.errors():

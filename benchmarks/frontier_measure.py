@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,15 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": cores, "torch": torch.__version__, "gpu": gpu}
 
 
+def ready() -> None:
+    """Start the server that forks compressions, so that it too has the code as `code` found it."""
+    multiprocessing.set_forkserver_preload(["lorazip.compress.job"])  # imported once, then forked
+    forkserver.ensure_running()
+
+
 def compressed(paths: Sequence[str], setting: Mapping[str, Any], threads: int) -> Row | None:
     """One compression in a process of its own, so that its memory is its own; None where no bundle is so small."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lorazip.compress.job"])  # imported once, then forked
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_compressed, list(paths), dict(setting), threads).result()
 

@@ -84,12 +84,14 @@ def against(found: Found) -> str:
             lines.append(
                 [named(label, subset), f"{ratio:g}", figure(ours, "mean_error"), figure(ours, "max_error")]
                 + ([f"{TITLES[best]}: {described(there[best]['setting'])}"] if best else [TODO])
+                + ([f"{there[best]['ratio']:.1f}"] if best else [TODO])  # steps of ranks and bits are coarse
                 + [figure(others[best], name) if best else TODO for name in ("mean_error", "max_error")]
                 + [quotient]
             )
     held = sum(value <= WITHIN for value in quotients)
     heads = [
-        "adapters", "ratio", "auto: error", "worst", "method", "its error", "worst", "auto / best of the others",
+        "adapters", "ratio", "auto: error", "worst", "method", "its ratio", "its error", "worst",
+        "auto / best of the others",
     ]  # fmt: skip
     claim = f"The error of `auto` is at most {WITHIN} times the least of all other methods in {held} of "
     claim += f"{len(quotients)} places where all of them are measured"
