@@ -108,10 +108,10 @@ def test_compress_prints_the_figures(zoo: Path, lorazip: Run) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        [],
+        ["--method", "jd-full"],
         ["--method", "svd"],
         ["--method", "svd", "--rank", "1", "--dtype", "float32"],
-        ["--max-error", "0.05", "--dtype", "bfloat16"],
+        ["--method", "jd-full", "--max-error", "0.05", "--dtype", "bfloat16"],
         ["--method", "jd-diag", "--rank", "3", "--clusters", "2"],
         ["--method", "mean"],
         ["--method", "eigenlora", "--rank", "2", "--weights", "trained"],
@@ -134,6 +134,21 @@ def test_a_dry_run_writes_nothing_and_foretells_every_byte(
         }
 
 
+def test_a_dry_run_of_the_default_predicts_and_says_so(zoo: Path, lorazip: Run) -> None:
+    before = content(Path())
+    dry = lorazip("compress", zoo, "-o", "team", "--dry-run", "--json").json
+    table = lorazip("compress", zoo, "--dry-run").out
+    assert content(Path()) == before
+    real = lorazip("compress", zoo, "-o", "team", "--json").json
+    assert (dry["predicted"], real["predicted"]) == (True, False)
+    assert real["options"]["method"] == "auto" and real["options"]["max_error"] == 0.1
+    assert 0 < real["max_error"] <= 0.1
+    assert dry["options"] == real["options"]
+    assert dry["bundle_bytes"] == pytest.approx(real["bundle_bytes"], rel=0.1)  # few short rows: no averages
+    assert "predicted error: mean" in table
+    assert "predicted" not in lorazip("compress", zoo, "-o", "again").out
+
+
 def test_every_command_prints_json(zoo: Path, team: Path, lorazip: Run) -> None:
     found = lorazip("info", team, "--json").json
     assert found["bundle_bytes"] == bytes_of(team)
@@ -145,7 +160,7 @@ def test_every_command_prints_json(zoo: Path, team: Path, lorazip: Run) -> None:
     assert [row["original_bytes"] for row in found["per_adapter"]] == [
         bytes_of(zoo / name) for name in ("ant", "bee", "cat")
     ]
-    assert found["options"]["rank"] == 8
+    assert found["options"]["method"] == "auto" and found["options"]["max_error"] == 0.1
 
     found = lorazip("verify", team, "--against", zoo, "--json").json
     assert found["ok"] is True and found["bundle"] == {} and found["strays"] == []
@@ -181,7 +196,7 @@ def test_every_command_prints_json(zoo: Path, team: Path, lorazip: Run) -> None:
 
 def test_every_command_prints_for_people(zoo: Path, team: Path, lorazip: Run) -> None:
     ended = lorazip("info", team)
-    assert ended.code == 0 and "3 adapters of org/base" in ended.out and "jd-full" in ended.out
+    assert ended.code == 0 and "3 adapters of org/base" in ended.out and "auto" in ended.out
     ended = lorazip("verify", team)
     assert ended.code == 0 and f"ok, 3 adapters, {bytes_of(team)} bytes checked" in ended.out
     ended = lorazip("verify", team, "--against", zoo)
@@ -200,10 +215,18 @@ def test_progress_goes_to_stderr_with_rate_and_remaining_time(
     zoo: Path, lorazip: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(render, "SECONDS", 0.0)
-    ended = lorazip("compress", zoo, "-o", "team", "--json")
-    assert ended.json["adapters"] == 3
-    for what, total in (("reading", 3), ("compressing", 6), ("writing", 3)):
-        lines = [line for line in ended.err.splitlines() if line.startswith(what)]
+    told = ""
+    for method in (
+        "auto",
+        "jd-full",
+    ):  # auto tells of bunches of modules: how many there are is not said here
+        ended = lorazip("compress", zoo, "-o", method, "--method", method, "--json")
+        assert ended.json["adapters"] == 3
+        told += (
+            ended.err if method == "jd-full" else re.sub(r"(reading|compressing|writing): .*", "", ended.err)
+        )
+    for what, total in (("reading", 3), ("choosing", 6), ("compressing", 6), ("writing", 3)):
+        lines = [line for line in told.splitlines() if line.startswith(what)]
         assert len(lines) == total - 1  # the first step starts the clock
         rates = [re.fullmatch(rf"{what}: (\d)/{total}, ([\d.]+)/s, [\d.]+ s left", line) for line in lines]
         assert [int(rate[1]) for rate in rates if rate] == list(range(2, total + 1))
@@ -233,7 +256,7 @@ BAD_VALUES = {
     "compress zoo -o b --max-error nan": "max-error must be at least 0 and below 1",
     "compress zoo -o b --clusters 0": "clusters must be at least 1",
     "compress zoo -o b --clusters 2 --method svd": "svd shares nothing",
-    "compress zoo -o b --weights big": "'big' is not one of 'unit', 'trained'",
+    "compress zoo -o b --weights big": "'big' is not one of 'unit', ",
     "compress zoo -o b --dtype int1": "'int1' is not one of 'float32', 'float16', 'bfloat16'",
     "compress zoo -o b --device gpu": "device 'gpu' is not known (auto, cpu or cuda)",
     "compress zoo -o b --device meta": "device must be auto, cpu or cuda",
@@ -350,10 +373,10 @@ def test_values_that_do_not_fit_the_dtype_end_with_2(
     make_adapter("zoo/big", alpha=4e6, tensors={
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((4, 24), 1e30),
     })  # fmt: skip
-    ended = lorazip("compress", zoo, "-o", "team")
+    ended = lorazip("compress", zoo, "--method", "svd", "-o", "team")
     assert (ended.code, ended.out) == (2, "")
     assert "model.layers.0.self_attn.q_proj: a value of" in ended.err and "--dtype bfloat16" in ended.err
-    assert lorazip("compress", zoo, "-o", "team", "--dtype", "bfloat16").code == 0
+    assert lorazip("compress", zoo, "--method", "svd", "-o", "team", "--dtype", "bfloat16").code == 0
 
 
 def test_all_defects_are_listed_before_anything_is_written(
@@ -470,8 +493,14 @@ def test_an_empty_directory_or_a_link_to_one_may_be_the_output(zoo: Path, lorazi
     assert content(Path("here")) == content(Path("empty"))
 
 
-def test_the_same_inputs_give_the_same_bytes(zoo: Path, lorazip: Run, tmp_path: Path) -> None:
-    options = ["--max-error", "0.3", "--clusters", "2"]
+@pytest.mark.parametrize(
+    "options",
+    [["--max-error", "0.3"], ["--method", "jd-full", "--max-error", "0.3", "--clusters", "2"]],
+    ids=["auto", "jd-full"],
+)
+def test_the_same_inputs_give_the_same_bytes(
+    zoo: Path, lorazip: Run, tmp_path: Path, options: list[str]
+) -> None:
     assert lorazip("compress", zoo, "-o", "first", *options).code == 0
     expected = content(Path("first"))
     copy = tmp_path / "elsewhere" / "deep"

@@ -55,10 +55,10 @@ def zoo(make_adapter: MakeAdapter) -> Path:
 
 
 SPECS = {
-    "clusters": Spec(rank=4, clusters=2),
-    "one basis": Spec(rank=9, dtype="float32"),
+    "clusters": Spec("jd-full", rank=4, clusters=2),
+    "one basis": Spec("jd-full", rank=9, dtype="float32"),
     "diagonal": Spec(method="jd-diag", rank=4, clusters=2, dtype="bfloat16"),
-    "fallbacks": Spec(rank=4, clusters=2, max_error=0.25),
+    "fallbacks": Spec("jd-full", rank=4, clusters=2, max_error=0.25),
     "svd": Spec(method="svd", rank=2),
     "mean": Spec(method="mean"),
 }

@@ -90,7 +90,7 @@ def test_jobs_hold_one_module_whatever_their_number(nursery: Nursery, make_adapt
             make_adapter(zoo / f"a{i}", modules=modules, rank=8)
         exact = ["--method", "svd", "--max-error", "0", "--dtype", "float32"]
         commands = {
-            "jd-full": ["compress", zoo, "--rank", "2", "-o", team],
+            "jd-full": ["compress", zoo, "--method", "jd-full", "--rank", "2", "-o", team],
             "svd": ["compress", zoo, *exact, "-o", svd],
             "dry run": ["compress", zoo, *exact, "--dry-run"],
             "finished": ["compress", zoo, *exact, "-o", svd, "--resume"],
@@ -112,7 +112,8 @@ def test_add_holds_a_batch_of_adapters(nursery: Nursery, make_adapter: MakeAdapt
     for i in range(6 * join.BATCH):
         make_adapter(root / ("few" if i < join.BATCH else "many") / f"b{i}", modules=shapes, rank=4)
     make_adapter(root / "zoo" / "a", modules=shapes, rank=4)
-    assert nursery.run("compress", root / "zoo", "-o", root / "team", "--rank", "1").code == 0
+    options = "--method", "jd-full", "--rank", "1"
+    assert nursery.run("compress", root / "zoo", "-o", root / "team", *options).code == 0
     peaks = []
     for which in ("few", "many"):
         ended = nursery.run("add", root / "team", root / which, "--max-error", "0")

@@ -22,6 +22,7 @@ from lorazip import findings, pictures, report, units
 from lorazip.compress.job import Outcome, run
 from lorazip.compress.spec import Spec
 from lorazip.errors import Defect, TargetError
+from lorazip.kinds import columns_by_kind
 
 if TYPE_CHECKING:
     from tests.conftest import MakeAdapter
@@ -50,7 +51,7 @@ def outcome(
     if "outcome" not in made:
         make_adapter.root = tmp_path_factory.mktemp("outcome")
         make_varied(make_adapter)
-        spec, out = Spec(rank=6, max_error=0.3), make_adapter.root / "out.lorazip"
+        spec, out = Spec("jd-full", rank=6, max_error=0.3), make_adapter.root / "out.lorazip"
         made["outcome"] = run([make_adapter.root / "zoo"], spec, out, skip_bad=True)
     return made["outcome"]
 
@@ -87,7 +88,7 @@ def dry(
         make_adapter.root = tmp_path_factory.mktemp("dry")
         for name in "abc":
             make_adapter(name)
-        made["dry"] = run([make_adapter.root], Spec(rank=4), None)
+        made["dry"] = run([make_adapter.root], Spec("jd-full", rank=4), None)
     return made["dry"]
 
 
@@ -143,7 +144,7 @@ def test_bytes_are_those_on_disk(outcome: Outcome, page: str) -> None:
 def test_fallback_bytes_are_the_own_factors(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     for name in "abcd":
         make_adapter(f"zoo/{name}", modules=WIDE, rank=2, dtype=torch.float16)
-    found = run([tmp_path / "zoo"], Spec(rank=1, max_error=0), tmp_path / "out.lorazip")
+    found = run([tmp_path / "zoo"], Spec("jd-full", rank=1, max_error=0), tmp_path / "out.lorazip")
     assert bool(found.fallbacks.all())
     rows = {row.name: row.nbytes for row in findings.byte_rows(found)}
     assert rows["Fallbacks"] == 4 * 2 * 2 * sum(out + in_ for out, in_ in WIDE.values())
@@ -217,7 +218,7 @@ def test_kinds(outcome: Outcome) -> None:
 
 def test_kinds_of_odd_names() -> None:
     names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj", "wte", "3"]
-    assert findings.columns_by_kind(names) == {
+    assert columns_by_kind(names) == {
         "3": (5,),
         "attn.c_proj": (0, 2),
         "mlp.c_proj": (1, 3),

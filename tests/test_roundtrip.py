@@ -91,7 +91,7 @@ def loaded(base: nn.Module, directory: Path, names: list[str]) -> peft.PeftModel
 
 def test_the_twelve_adapters_of_the_zoo(tmp_path: Path) -> None:
     """SmolLM2-135M's attention, all 30 layers; its MLP and vocabulary, which no adapter touches, are small."""
-    bundle = job.run([ZOO], Spec(rank=6), tmp_path / "team").bundle
+    bundle = job.run([ZOO], Spec("jd-full", rank=6), tmp_path / "team").bundle
     assert bundle is not None
     export(bundle, [], tmp_path / "peft")
     assert len(bundle.names) == 12
@@ -157,7 +157,7 @@ def test_every_method_on_mixed_adapters(mixed: Path, tmp_path: Path, spec: Spec)
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_half_precision_exports(mixed: Path, tmp_path: Path, dtype: str, rounding: float) -> None:
-    bundle = job.run([mixed], Spec(rank=4), tmp_path / "team").bundle
+    bundle = job.run([mixed], Spec("jd-full", rank=4), tmp_path / "team").bundle
     assert bundle is not None
     export(bundle, ["ant", "elk"], tmp_path / "peft", dtype=dtype)
     for name in ("ant", "elk"):
@@ -250,7 +250,7 @@ def test_everything_else_that_peft_saves_comes_back(tmp_path: Path) -> None:
     bases: dict[str, Any] = {name: {"attention_bias": True} if name == "biased" else {} for name in EXTRAS}
     for seed, (name, fields) in enumerate(EXTRAS.items()):
         trained(llama(**bases[name]), tmp_path / "zoo" / name, fields, seed)
-    bundle = job.run([tmp_path / "zoo"], Spec(rank=100, dtype="float32"), tmp_path / "team").bundle
+    bundle = job.run([tmp_path / "zoo"], Spec("jd-full", rank=100, dtype="float32"), tmp_path / "team").bundle
     assert bundle is not None
     export(bundle, [], tmp_path / "peft")
     carried = 0

@@ -183,7 +183,7 @@ def test_a_huge_manifest_is_refused_unread(tmp_path: Path) -> None:
 
 def test_damaged_bytes_never_get_into_an_export(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     paths = [make_adapter(f"in/{name}") for name in ("a", "b")]
-    bundle = lorazip.compress(paths, lorazip.Spec(rank=4), tmp_path / "x")
+    bundle = lorazip.compress(paths, lorazip.Spec("jd-full", rank=4), tmp_path / "x")
     for file in (bundle.path / "adapters" / "a.safetensors", bundle.path / "shared.safetensors"):
         whole = file.read_bytes()
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,9 @@ ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 SHAPES = {Q: (24, 24), K: (8, 24)}
 FULL = "No space left on device"
+JOINT = ("--method", "jd-full")
+# The default plans over all modules before it encodes some; the others take them one by one.
+BOTH = pytest.mark.parametrize("method", [(), JOINT], ids=["auto", "jd-full"])
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +99,14 @@ def every_step(
         yield at, nursery.run(*arguments, fault=fault, at=at, below=below), below  # type: ignore[arg-type]
 
 
+@BOTH
 def test_compress_killed_anywhere_leaves_a_whole_bundle_or_a_resumable_run(
-    nursery: Nursery, zoo: Path, tmp_path: Path
+    nursery: Nursery, zoo: Path, tmp_path: Path, method: tuple[str, ...]
 ) -> None:
     def attempt(at: int) -> tuple[list[str | Path], Path]:
         folder = tmp_path / f"out{at}"
         folder.mkdir()
-        return ["compress", zoo, "-o", folder / "made" / "team"], folder
+        return ["compress", zoo, *method, "-o", folder / "made" / "team"], folder
 
     command, folder = attempt(0)
     calm = nursery.run(*command, below=folder)
@@ -119,7 +123,7 @@ def test_compress_killed_anywhere_leaves_a_whole_bundle_or_a_resumable_run(
             assert_refused(
                 nursery.run("compress", zoo, "-o", bundle), "unfinished run", "--resume", "--force"
             )
-        resumed = nursery.run("compress", zoo, "-o", bundle, "--resume")
+        resumed = nursery.run("compress", zoo, *method, "-o", bundle, "--resume")
         assert resumed.code == 0, (at, resumed.err)
         assert content(folder) == expected, at
         assert names(bundle.parent) == ["team"], at
@@ -127,13 +131,14 @@ def test_compress_killed_anywhere_leaves_a_whole_bundle_or_a_resumable_run(
     assert states == {(False, False, False), (False, True, False), (False, True, True), (True, True, False)}
 
 
+@BOTH
 def test_compress_on_a_full_disk_says_so_and_is_resumable(
-    nursery: Nursery, zoo: Path, tmp_path: Path
+    nursery: Nursery, zoo: Path, tmp_path: Path, method: tuple[str, ...]
 ) -> None:
     def attempt(at: int) -> tuple[list[str | Path], Path]:
         folder = tmp_path / f"out{at}"
         folder.mkdir()
-        return ["compress", zoo, "-o", folder / "team"], folder
+        return ["compress", zoo, *method, "-o", folder / "team"], folder
 
     command, folder = attempt(0)
     calm = nursery.run(*command, below=folder)
@@ -147,7 +152,7 @@ def test_compress_on_a_full_disk_says_so_and_is_resumable(
         assert_refused(ended, FULL, str(folder))
         assert not (folder / "team").exists()
         assert not list(folder.rglob("*.tmp"))
-        resumed = nursery.run("compress", zoo, "-o", folder / "team", "--resume")
+        resumed = nursery.run("compress", zoo, *method, "-o", folder / "team", "--resume")
         assert resumed.code == 0, (at, resumed.err)
         assert content(folder) == expected, at
     assert failed > 10
@@ -156,18 +161,19 @@ def test_compress_on_a_full_disk_says_so_and_is_resumable(
 def test_compress_beyond_a_limit_of_the_kernel(nursery: Nursery, zoo: Path, tmp_path: Path) -> None:
     """No room in the middle of a file: of the run's note, of a shard, of what is assembled."""
     bundle, partial = tmp_path / "team", tmp_path / "team.partial"
-    calm = nursery.run("compress", zoo, "-o", tmp_path / "calm", below=tmp_path)
+    calm = nursery.run("compress", zoo, *JOINT, "-o", tmp_path / "calm", below=tmp_path)
     last = len(content(tmp_path / "calm")["bundle.json"])
     for limit, file, options in ((50, "job.json", []), (400, "00000.safetensors", ["--resume"])):
-        ended = nursery.run("compress", zoo, "-o", bundle, *options, limit=limit)
+        ended = nursery.run("compress", zoo, *JOINT, "-o", bundle, *options, limit=limit)
         assert_refused(ended, f"{partial / file} cannot be written: File too large")
     # With all shards there, only the manifest, the largest file of this bundle, does not fit.
-    killed = nursery.run("compress", zoo, "-o", bundle, "--resume", fault="kill", at=9, below=tmp_path)
+    resume = ["compress", zoo, *JOINT, "-o", bundle, "--resume"]
+    killed = nursery.run(*resume, fault="kill", at=9, below=tmp_path)
     assert killed.code == -signal.SIGKILL and len(list(partial.glob("0*"))) == 2
-    ended = nursery.run("compress", zoo, "-o", bundle, "--resume", limit=last - 1)
+    ended = nursery.run(*resume, limit=last - 1)
     assert_refused(ended, f"{partial / 'bundle' / 'bundle.json'} cannot be written: File too large")
     assert not bundle.exists()
-    assert nursery.run("compress", zoo, "-o", bundle, "--resume").code == 0
+    assert nursery.run(*resume).code == 0
     assert content(bundle) == content(tmp_path / "calm")
     assert calm.code == 0
 
@@ -188,7 +194,7 @@ def test_compress_interrupted_from_the_keyboard(nursery: Nursery, zoo: Path, tmp
 def test_the_command_itself_killed_while_it_works(nursery: Nursery, tmp_path: Path) -> None:
     """No tricks: `lorazip` as users start it, on real adapters, killed from outside once it has some shards."""
     bundle, partial = tmp_path / "team", tmp_path / "team.partial"
-    command = ["compress", *map(str, sorted(ZOO.glob("fv_*"))), "--rank", "2", "-o"]
+    command = ["compress", *map(str, sorted(ZOO.glob("fv_*"))), *JOINT, "--rank", "2", "-o"]
     run = subprocess.Popen(
         [sys.executable, "-m", "lorazip", *command, str(bundle)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -213,7 +219,7 @@ def test_the_command_itself_killed_while_it_works(nursery: Nursery, tmp_path: Pa
 def test_replacing_a_bundle_killed_anywhere_loses_neither(
     nursery: Nursery, zoo: Path, tmp_path: Path
 ) -> None:
-    new_options = ["--rank", "3"]
+    new_options = [*JOINT, "--rank", "3"]
     assert nursery.run("compress", zoo, "-o", tmp_path / "old", "--method", "svd").code == 0
 
     def attempt(at: int) -> tuple[list[str | Path], Path]:
@@ -251,45 +257,58 @@ def test_discarding_a_run_puts_the_old_bundle_back_first(nursery: Nursery, zoo: 
     assert nursery.run("compress", zoo, "-o", bundle, "--method", "svd").code == 0
     old = content(bundle)
     for at in range(15, 40):
-        ended = nursery.run("compress", zoo, "-o", bundle, "--force", fault="kill", at=at, below=tmp_path)
+        command = ["compress", zoo, *JOINT, "-o", bundle, "--force"]
+        ended = nursery.run(*command, fault="kill", at=at, below=tmp_path)
         assert ended.code == -signal.SIGKILL
         if not bundle.exists():
             break
     assert names(partial) == ["00000.safetensors", "00001.safetensors", "bundle", "job.json", "old"]
     # The next run has other options, discards this one, and finds no room for its first shard.
-    ended = nursery.run("compress", zoo, "-o", bundle, "--rank", "1", "--force", limit=600, below=tmp_path)
+    ended = nursery.run(*command, "--rank", "1", limit=600, below=tmp_path)
     assert_refused(ended, "File too large")
     assert content(bundle) == old
     assert names(partial) == ["job.json"]
 
 
+@pytest.mark.parametrize(
+    ("method", "others"),
+    [((), ["--max-error", "0.2"]), (JOINT, ["--rank", "2"])],
+    ids=["auto", "jd-full"],
+)
 def test_a_resumed_run_must_be_the_same_job(
-    nursery: Nursery, make_adapter: MakeAdapter, zoo: Path, tmp_path: Path
+    nursery: Nursery,
+    make_adapter: MakeAdapter,
+    zoo: Path,
+    tmp_path: Path,
+    method: Sequence[str],
+    others: Sequence[str],
 ) -> None:
     bundle = tmp_path / "team"
-    kill = {"fault": "kill", "at": 6, "below": tmp_path}
-    assert nursery.run("compress", zoo, "-o", bundle, **kill).code == -signal.SIGKILL  # type: ignore[arg-type]
+    command = ["compress", zoo, *method, "-o", bundle]
+    assert nursery.run(*command, fault="kill", at=6, below=tmp_path).code == -signal.SIGKILL
     before = content(tmp_path / "team.partial")
     other = ("belongs to a run with other options or inputs", "--force")
-    assert_refused(nursery.run("compress", zoo, "-o", bundle, "--resume", "--rank", "2"), *other)
-    assert_refused(nursery.run("compress", zoo, "-o", bundle, "--resume", "--dtype", "bfloat16"), *other)
-    assert_refused(nursery.run("compress", zoo / "ant", "-o", bundle, "--resume"), *other)
+    assert_refused(nursery.run(*command, "--resume", *others), *other)
+    assert_refused(nursery.run("compress", zoo, "-o", bundle, "--resume", "--method", "svd"), *other)
+    assert_refused(nursery.run(*command, "--resume", "--dtype", "bfloat16"), *other)
+    assert_refused(nursery.run("compress", zoo / "ant", *method, "-o", bundle, "--resume"), *other)
     make_adapter("zoo/bee", modules=SHAPES, rank=2, seed=99)
-    assert_refused(nursery.run("compress", zoo, "-o", bundle, "--resume"), *other)
+    assert_refused(nursery.run(*command, "--resume"), *other)
     assert content(tmp_path / "team.partial") == before
-    forced = nursery.run("compress", zoo, "-o", bundle, "--force")
+    forced = nursery.run(*command, "--force")
     assert forced.code == 0, forced.err
     assert_whole(bundle)
     assert nursery.run("verify", bundle, "--against", zoo).code == 0
     assert not (tmp_path / "team.partial").exists()
 
 
+@pytest.mark.parametrize("method", [(), (*JOINT, "--rank", "1")], ids=["auto", "jd-full"])
 def test_resuming_a_finished_job_reports_it(
-    nursery: Nursery, make_adapter: MakeAdapter, zoo: Path, tmp_path: Path
+    nursery: Nursery, make_adapter: MakeAdapter, zoo: Path, tmp_path: Path, method: tuple[str, ...]
 ) -> None:
     """A script that repeats a killed command with --resume gets the same figures, also if it was just done."""
     bundle = tmp_path / "team"
-    command = ["compress", zoo, "-o", bundle, "--max-error", "0.3", "--rank", "1", "--json"]
+    command = ["compress", zoo, "-o", bundle, "--max-error", "0.3", *method, "--json"]
     first = nursery.run(*command)
     before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
     again = nursery.run(*command, "--resume")
@@ -298,7 +317,7 @@ def test_resuming_a_finished_job_reports_it(
     for key in ("seconds", "peak_memory_bytes"):
         one.pop(key), two.pop(key)
     assert one == two
-    assert one["fallbacks"] > 0
+    assert (one["fallbacks"] > 0) == bool(method)
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
     report = tmp_path / "report.html"
     assert nursery.run(*command, "--resume", "--report", report).code == 0
@@ -306,7 +325,7 @@ def test_resuming_a_finished_job_reports_it(
 
     other = ("exists, made with other options or inputs", "--force")
     assert_refused(nursery.run(*command, "--resume", "--dtype", "bfloat16"), *other)
-    assert_refused(nursery.run("compress", zoo / "ant", "-o", bundle, "--resume", "--rank", "1"), *other)
+    assert_refused(nursery.run("compress", zoo / "ant", *command[2:], "--resume"), *other)
     # One weight of one original, the file as large as before: the measured error tells.
     weights = zoo / "bee" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -322,14 +341,15 @@ def test_resuming_a_job_whose_bundle_was_damaged_is_refused(
     nursery: Nursery, zoo: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "team"
-    assert nursery.run("compress", zoo, "-o", bundle).code == 0
+    command = ["compress", zoo, *JOINT, "-o", bundle]
+    assert nursery.run(*command).code == 0
     data = bytearray((bundle / "shared.safetensors").read_bytes())
     data[-1] ^= 1
     (bundle / "shared.safetensors").write_bytes(data)
-    ended = nursery.run("compress", zoo, "-o", bundle, "--resume")
+    ended = nursery.run(*command, "--resume")
     assert (ended.code, ended.out) == (1, "")
     assert "its sha256 is not the recorded one" in ended.err
-    assert nursery.run("compress", zoo, "-o", bundle, "--force").code == 0
+    assert nursery.run(*command, "--force").code == 0
     assert_whole(bundle)
 
 
@@ -347,7 +367,7 @@ def test_two_runs_at_once_on_one_target(nursery: Nursery, zoo: Path, tmp_path: P
 
 
 def test_what_appears_meanwhile_is_not_replaced(nursery: Nursery, zoo: Path, tmp_path: Path) -> None:
-    assert nursery.run("compress", zoo, "-o", tmp_path / "other", "--rank", "1").code == 0
+    assert nursery.run("compress", zoo, "-o", tmp_path / "other", "--method", "svd").code == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("ten years of work")
     for what, options in (("other", []), ("mine", ["--force"])):
@@ -563,12 +583,12 @@ def test_two_changes_of_a_bundle_at_once(nursery: Nursery, zoo: Path, more: Path
     busy = "is being written by another process"
     assert_refused(nursery.run("add", bundle, more / "dog"), busy)
     assert_refused(nursery.run("remove", bundle, "ant"), busy)
-    assert_refused(nursery.run("compress", zoo, "-o", bundle, "--rank", "1", "--force"), busy)
+    assert_refused(nursery.run("compress", zoo, "-o", bundle, *JOINT, "--force"), busy)
     assert nursery.run("export", bundle, "ant", "-o", tmp_path / "peft").code == 0  # readers do not mind
     assert nursery.signal(first.pid, signal.SIGCONT).code == 0
     assert_whole(bundle)
     assert Bundle.open(bundle).names == ["ant", "bee", "cat"]
-    replaced = nursery.run("compress", zoo, "-o", bundle, "--rank", "1", "--resume", "--force")
+    replaced = nursery.run("compress", zoo, "-o", bundle, *JOINT, "--resume", "--force")
     assert replaced.code == 0, replaced.err
     assert Bundle.open(bundle).names == ["ant", "bee"]
     assert names(tmp_path) == ["more", "peft", "team", "zoo"]

@@ -63,7 +63,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
 @pytest.mark.parametrize(("adapters", "options", "most"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_the_rank_found_costs_least(adapters: dict[str, Any], options: dict[str, Any], most: int) -> None:
     factors = related((4, 3, 4, 2) * 4, 40, 48, **adapters)
-    spec = Spec(**{"clusters": 1, **options})
+    spec = Spec(**{"method": "jd-full", "clusters": 1, **options})
     costs = every_cost(module(factors, spec), spec, most)
     code = encode("m", factors, spec)
     assert nbytes(code) <= 1.03 * min(costs.values())
@@ -73,7 +73,7 @@ def test_the_rank_found_costs_least(adapters: dict[str, Any], options: dict[str,
 @pytest.mark.parametrize("bound", [0.7, 0.4])
 def test_the_rank_found_costs_least_on_real_adapters(bound: float) -> None:
     factors = zoo("15.k_proj")
-    spec = Spec(max_error=bound, clusters=1)
+    spec = Spec("jd-full", max_error=bound, clusters=1)
     costs = every_cost(module(factors, spec), spec, 24)
     assert nbytes(encode("m", factors, spec)) <= 1.03 * min(costs.values())
 
@@ -81,7 +81,7 @@ def test_the_rank_found_costs_least_on_real_adapters(bound: float) -> None:
 def test_what_is_predicted_is_what_is_stored() -> None:
     factors = related((4, 3, 4, 2) * 4, 40, 48, noise=0.3)
     for bound in (0.3, 0.2):
-        spec = Spec(max_error=bound, clusters=2)
+        spec = Spec("jd-full", max_error=bound, clusters=2)
         costs = every_cost(module(factors, spec), spec, 30)
         code = encode("m", factors, spec)
         assert nbytes(code) == costs[shared_rank(code)]
@@ -90,7 +90,7 @@ def test_what_is_predicted_is_what_is_stored() -> None:
 def test_copies_share_one_basis_at_the_tightest_bounds() -> None:
     """Energies of float32 fits are known to 1e-7, which must not talk the search out of a lossless basis."""
     factors = related((4,), 40, 48) * 12
-    code = encode("m", factors, Spec(max_error=1e-9, clusters=1, dtype="float32"))
+    code = encode("m", factors, Spec("jd-full", max_error=1e-9, clusters=1, dtype="float32"))
     assert shared_rank(code) == 4 and not any(code.fallbacks)
     assert float(errors(code, factors).max()) <= 1e-9
 
@@ -107,7 +107,11 @@ def test_adapters_that_share_nothing_keep_their_own_factors(method: str) -> None
 
 def test_zero_modules_cost_nothing() -> None:
     zero = LowRank(torch.zeros(40, 2), torch.ones(2, 48), 1.0)
-    for spec in (Spec(max_error=0.1, clusters=1), Spec(rank=3, clusters=2), Spec(energy=0.9, clusters=1)):
+    for spec in (
+        Spec("jd-full", max_error=0.1, clusters=1),
+        Spec("jd-full", rank=3, clusters=2),
+        Spec("jd-full", energy=0.9, clusters=1),
+    ):
         assert nbytes(encode("m", [zero, zero], spec)) == 0
 
 
@@ -133,7 +137,7 @@ def test_the_smaller_storage_of_a_core_is_taken(
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
 def test_the_rank_by_energy_is_the_least_that_holds_it(energy: float) -> None:
     factors = related((4, 3, 4, 2), 40, 48)
-    code = encode("m", factors, Spec(energy=energy, clusters=1, dtype="float32"))
+    code = encode("m", factors, Spec("jd-full", energy=energy, clusters=1, dtype="float32"))
     rank, matrices = shared_rank(code), stacked(factors)
     assert 1 - float(errors(code, factors).mean()) >= energy - 2e-6
     assert 1 - float(hooi(matrices, rank - 1).mean()) < energy

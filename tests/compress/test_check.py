@@ -49,7 +49,8 @@ def tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
 
 
 SPECS = [
-    Spec(),
+    Spec("jd-full"),
+    Spec("auto", ratio=3.0),
     Spec(method="svd", rank=1),
     Spec(method="svd", max_error=0, dtype="float16"),
     Spec(method="jd-full", rank=24, dtype="float32"),
@@ -141,7 +142,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3], SPECS[7]], ids=lambda spec: spec.method)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[4], SPECS[8]], ids=lambda spec: spec.method)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_changed_original_fails(
     zoo: Path, tmp_path: Path, change: Callable[[Path], None], spec: Spec
@@ -156,7 +157,7 @@ def test_a_changed_original_fails(
 
 def test_swapped_originals_fail(zoo: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     make_adapter("zoo/dog")
-    job.run([zoo], Spec(rank=24, dtype="float32"), tmp_path / "team")
+    job.run([zoo], Spec("jd-full", rank=24, dtype="float32"), tmp_path / "team")
     found = compare(tmp_path / "team", zoo / "cat")
     assert found["cat"].problems == ()
     (zoo / "dog").rename(zoo / "other")
@@ -182,7 +183,7 @@ def test_an_original_that_the_bundle_lacks_fails(
 def test_a_tiny_change_of_one_weight_in_a_real_adapter_is_seen(tmp_path: Path) -> None:
     """One sign among 460,800 weights: the root of the error moves by a few millionths."""
     names = ("ii_sum", "fv_product_company")
-    job.run([ZOO / name for name in names], Spec(rank=4), tmp_path / "team")
+    job.run([ZOO / name for name in names], Spec("jd-full", rank=4), tmp_path / "team")
     copy = tmp_path / "ii_sum"
     copy.mkdir()
     for file in (WEIGHTS, CONFIG):

@@ -158,13 +158,13 @@ def test_factors_that_cancel_and_large_modules(monkeypatch: pytest.MonkeyPatch, 
     """The paths that small healthy modules do not take: QR of a bad gauge, Krylov steps, a sketch, float32 frames."""
     bad = related((4,), 20, 30)[0]
     bad = LowRank(bad.B * torch.logspace(0, 5, 4), bad.A / torch.logspace(0, 5, 4)[:, None] + 1e-3, 1.0)
-    encode("m", [bad, *small()], Spec(rank=3, clusters=1))
+    encode("m", [bad, *small()], Spec("jd-full", rank=3, clusters=1))
     monkeypatch.setattr(frame, "PRECISE", 0)
     many = related((8,) * 30, 192, 384, clusters=3)
-    encode("m", many, Spec(rank=10, clusters=1))
+    encode("m", many, Spec("jd-full", rank=10, clusters=1))
     monkeypatch.setattr(cluster, "EXACT_ROWS", 10)
     monkeypatch.setattr(cluster, "SKETCH", 64)
-    module, _ = prepare("m", many, Spec(rank=10))
+    module, _ = prepare("m", many, Spec("jd-full", rank=10))
     args = module.stack, module.weights, module.energies, 10
     assert 1 <= cluster.paper_clusters(METHODS["jd-full"], *args) <= 30
 

@@ -220,7 +220,7 @@ def test_every_stored_base_is_used() -> None:
         {"max_error": 0.35, "clusters": 4},
         {"max_error": 0.2, "clusters": 3},
     ):
-        code = encode("m", factors, Spec(**options))
+        code = encode("m", factors, Spec("jd-full", **options))
         used = {side for form in code.forms for term in form for side in (term.left, term.right)}
         assert set(range(len(code.layout))) == {side for side in used if isinstance(side, int)}
 
@@ -391,7 +391,7 @@ def test_a_base_that_all_have_left_is_not_stored(monkeypatch: pytest.MonkeyPatch
         LowRank(torch.randn(40, 9, generator=random), torch.randn(9, 48, generator=random)) for _ in range(4)
     ]
     monkeypatch.setattr(cluster, "partitions", lambda *given: [[0] * 4 + [1] * 4])  # it is the first of two
-    code = encode("m", [*strangers, *planted], Spec(rank=6, clusters=2, max_error=0.1))
+    code = encode("m", [*strangers, *planted], Spec("jd-full", rank=6, clusters=2, max_error=0.1))
     assert code.fallbacks == (True,) * 4 + (False,) * 4 and len(code.layout) == 2
     assert {(form[0].left, form[0].right) for form in code.forms[4:]} == {(0, 1)}
     assert float(errors(code, [*strangers, *planted]).max()) <= 0.1
@@ -425,9 +425,12 @@ def test_all_of_the_energy_is_not_all_of_the_rows(seed: int) -> None:
 def test_a_value_that_the_codec_cannot_hold_is_named_without_a_bound() -> None:
     factors = [LowRank(f.B * 1e4, f.A * 1e4, f.scale) for f in related((3, 2), 24, 40)]
     with pytest.raises(CodecError, match=r"^model\.q: a value of .* does not fit F16"):
-        encode("model.q", factors, Spec(rank=4, clusters=1))
+        encode("model.q", factors, Spec("jd-full", rank=4, clusters=1))
     assert (
-        float(measured(encode("model.q", factors, Spec(rank=5, clusters=1, dtype="bfloat16"))).max()) < 1e-3
+        float(
+            measured(encode("model.q", factors, Spec("jd-full", rank=5, clusters=1, dtype="bfloat16"))).max()
+        )
+        < 1e-3
     )
 
 
@@ -452,7 +455,7 @@ def test_an_adapter_of_rank_zero_is_a_zero_matrix() -> None:
     stack = load([empty, *related((3,), 12, 10)], torch.device("cpu"))
     assert stack.ranks == (1, 3) and not stack.left[0].any()
     assert float(stack.energies[0]) == 0
-    code = encode("m", [empty, *related((3,), 12, 10)], Spec(rank=2, clusters=1))
+    code = encode("m", [empty, *related((3,), 12, 10)], Spec("jd-full", rank=2, clusters=1))
     assert code.forms[0] == ()
 
 
@@ -466,7 +469,7 @@ def test_a_module_knows_its_original_bytes_and_weights() -> None:
         *related((3, 2), 12, 10, dtype=torch.float16),
         LowRank(torch.zeros(12, 1), torch.ones(1, 10), 1.0),
     ]
-    made, _ = prepare("m", factors, Spec(rank=2))
+    made, _ = prepare("m", factors, Spec("jd-full", rank=2))
     assert made.original_bytes.tolist() == [2 * 3 * 22, 2 * 2 * 22, 4 * 22]
     assert torch.allclose(made.weights[:2] * made.energies[:2], torch.ones(2, dtype=torch.float64))
     assert float(made.weights[2]) == 0
@@ -475,7 +478,7 @@ def test_a_module_knows_its_original_bytes_and_weights() -> None:
 
 def test_the_spectrum_is_the_mean_share_of_energy() -> None:
     factors = zoo("15.k_proj")
-    code = encode("m", factors, Spec(rank=2, clusters=1))
+    code = encode("m", factors, Spec("jd-full", rank=2, clusters=1))
     squares = torch.linalg.svdvals(compact(factors)).square()[:, :8]
     assert torch.allclose(code.spectrum, squares.mean(0), atol=1e-9)
     assert float(code.spectrum.sum()) == pytest.approx(1)

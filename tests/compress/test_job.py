@@ -108,7 +108,7 @@ class Interrupted(Exception):
 def test_an_interrupted_job_goes_on_where_it_was(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
-    spec = Spec(rank=3)
+    spec = Spec("jd-full", rank=3)
     torch.set_num_threads(1)  # modules one after the other
     job.run([zoo], spec, tmp_path / "calm")
 
@@ -136,12 +136,12 @@ def test_a_shard_that_is_damaged_is_made_again(zoo: Path, tmp_path: Path) -> Non
         if what == "writing":
             raise Interrupted
 
-    job.run([zoo], Spec(rank=3), tmp_path / "calm")
+    job.run([zoo], Spec("jd-full", rank=3), tmp_path / "calm")
     for damage in (b"", b"\x00" * 100):
         with pytest.raises(Interrupted):
-            job.run([zoo], Spec(rank=3), tmp_path / "team", progress=stop, force=True)
+            job.run([zoo], Spec("jd-full", rank=3), tmp_path / "team", progress=stop, force=True)
         (tmp_path / "team.partial" / "00001.safetensors").write_bytes(damage)
-        job.run([zoo], Spec(rank=3), tmp_path / "team", resume=True, force=True)
+        job.run([zoo], Spec("jd-full", rank=3), tmp_path / "team", resume=True, force=True)
         assert content(tmp_path / "team") == content(tmp_path / "calm")
 
 
@@ -151,7 +151,7 @@ def test_errors_that_a_resumed_run_would_meet_again_leave_nothing(
     big = {"base_model.model.b.q_proj.lora_A.weight": torch.full((4, 20), 1e30)}
     make_adapter("zoo/elk", modules=MODULES, tensors=big)
     with pytest.raises(CodecError, match=r"b\.q_proj: a value of .* does not fit"):
-        job.run([zoo], Spec(rank=3), tmp_path / "team")
+        job.run([zoo], Spec("jd-full", rank=3), tmp_path / "team")
     assert not (tmp_path / "team.partial").exists()
 
 
@@ -163,14 +163,14 @@ def test_an_input_that_changes_while_the_job_runs_stops_it(
             make_adapter("zoo/dog", modules=MODULES, rank=5)
 
     with pytest.raises(InputError, match=r"dog: .*the file changed while it was in use"):
-        job.run([zoo], Spec(rank=3), tmp_path / "team", progress=change)
+        job.run([zoo], Spec("jd-full", rank=3), tmp_path / "team", progress=change)
     assert [path.name for path in tmp_path.iterdir()] == ["zoo"]
 
 
 def test_the_job_is_known_by_options_inputs_and_program(
     zoo: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = Spec(rank=2, clusters=1)
+    usual = Spec("jd-full", rank=2, clusters=1)
 
     def known(spec: Spec = usual, skip_bad: bool = False, only: str = "") -> str:
         return partial.identity(open_adapters([str(zoo / only)], skip_bad=skip_bad), spec)
@@ -178,10 +178,10 @@ def test_the_job_is_known_by_options_inputs_and_program(
     first = known()
     assert known() == first
     others = {
-        known(Spec(rank=3, clusters=1)),
-        known(Spec(rank=2, clusters=2)),
-        known(Spec(rank=2, clusters=1, dtype="bfloat16")),
-        known(Spec(rank=2, clusters=1, weights="trained")),
+        known(Spec("jd-full", rank=3, clusters=1)),
+        known(Spec("jd-full", rank=2, clusters=2)),
+        known(Spec("jd-full", rank=2, clusters=1, dtype="bfloat16")),
+        known(Spec("jd-full", rank=2, clusters=1, weights="trained")),
         known(only="ant"),
     }
     (zoo / "sick").mkdir()
@@ -198,14 +198,21 @@ def test_the_job_is_known_by_options_inputs_and_program(
     assert len(others) == 8 and first not in others
 
 
-def test_rank_and_clusters_by_the_papers_rule(zoo: Path, make_adapter: MakeAdapter) -> None:
+def test_what_is_left_open_is_filled_in(zoo: Path) -> None:
+    """auto: the bound of 0.1; the others: the paper's rule."""
     few = open_adapters([str(zoo)])
-    assert job.resolve(few, Spec()) == Spec(rank=4 // 2 + 7, clusters=1)
+    assert Spec() == Spec("auto")
+    assert job.resolve(few, Spec()) == Spec("auto", max_error=0.1)
+    for given in (Spec(max_error=0.02), Spec(ratio=5.0), Spec(budget=10_000)):
+        assert job.resolve(few, given) == given
+    assert job.resolve(few, Spec("jd-full")) == Spec("jd-full", rank=4 // 2 + 7, clusters=1)
     assert job.resolve(few, Spec(method="svd")) == Spec(method="svd", energy=0.9)
     assert job.resolve(few, Spec(method="mean")) == Spec(method="mean", rank=4, clusters=1)
-    assert job.resolve(few, Spec(max_error=0.1)) == Spec(max_error=0.1, clusters=1)
-    assert job.resolve(few, Spec(energy=0.5, clusters=3)) == Spec(energy=0.5, clusters=3)
-    assert job.resolve(few, Spec(rank=5, clusters=2)) == Spec(rank=5, clusters=2)
+    assert job.resolve(few, Spec("jd-full", max_error=0.1)) == Spec("jd-full", max_error=0.1, clusters=1)
+    assert job.resolve(few, Spec("jd-full", energy=0.5, clusters=3)) == Spec(
+        "jd-full", energy=0.5, clusters=3
+    )
+    assert job.resolve(few, Spec("jd-full", rank=5, clusters=2)) == Spec("jd-full", rank=5, clusters=2)
 
 
 def test_above_a_hundred_adapters_the_papers_rule_is_rank_16_and_clusters(make_adapter: MakeAdapter) -> None:
@@ -221,11 +228,11 @@ def test_above_a_hundred_adapters_the_papers_rule_is_rank_16_and_clusters(make_a
         make_adapter(f"crowd/x{i:03d}", modules={"m": (104, 104)}, rank=2, tensors=tensors)
     inputs = open_adapters([str(make_adapter.root / "crowd")])
     factors = [adapter.low_rank("m") for adapter in inputs.adapters]
-    codes = [encode.encode("m", factors, Spec(rank=16, clusters=count)) for count in (1, 2, 3)]
+    codes = [encode.encode("m", factors, Spec("jd-full", rank=16, clusters=count)) for count in (1, 2, 3)]
     least = 1 + [float((c.residuals / c.energies).mean()) < 0.6 for c in codes].index(True)
     assert least > 1
-    assert job.resolve(inputs, Spec()) == Spec(rank=16, clusters=least)
-    assert job.resolve(inputs, Spec(clusters=2, rank=4)) == Spec(rank=4, clusters=2)
+    assert job.resolve(inputs, Spec("jd-full")) == Spec("jd-full", rank=16, clusters=least)
+    assert job.resolve(inputs, Spec("jd-full", clusters=2, rank=4)) == Spec("jd-full", rank=4, clusters=2)
 
 
 def test_more_than_one_thread_gives_the_same_order_of_modules(zoo: Path, tmp_path: Path) -> None:
@@ -234,7 +241,7 @@ def test_more_than_one_thread_gives_the_same_order_of_modules(zoo: Path, tmp_pat
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            job.run([zoo], Spec(rank=3), tmp_path / str(count))
+            job.run([zoo], Spec("jd-full", rank=3), tmp_path / str(count))
             assert torch.get_num_threads() == count
             bundles.append(Bundle.open(tmp_path / str(count)))
     finally:
@@ -248,7 +255,9 @@ def test_more_than_one_thread_gives_the_same_order_of_modules(zoo: Path, tmp_pat
 
 
 def test_the_python_api(zoo: Path, tmp_path: Path) -> None:
-    bundle = lorazip.compress([zoo / "ant", str(zoo / "cat")], lorazip.Spec(rank=4), tmp_path / "team")
+    bundle = lorazip.compress(
+        [zoo / "ant", str(zoo / "cat")], lorazip.Spec("jd-full", rank=4), tmp_path / "team"
+    )
     assert isinstance(bundle, lorazip.Bundle)
     assert bundle.names == ["ant", "cat"]
     again = lorazip.Bundle.open(tmp_path / "team").adapter("cat")
@@ -263,7 +272,7 @@ def test_the_python_api(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(lorazip.LorazipError):
         lorazip.compress([tmp_path / "nowhere"], output=tmp_path / "other")
     with pytest.raises(UsageError, match="rank must be"):
-        lorazip.Spec(rank=0)
+        lorazip.Spec("jd-full", rank=0)
 
 
 def test_the_default_output_is_in_the_working_directory(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Q, V, UP = "l.0.q_proj", "l.0.v_proj", "l.0.up_proj"
 MODULES = {Q: (24, 20), V: (8, 20)}
-SPEC = Spec(rank=10, dtype="float32")
+SPEC = Spec("jd-full", rank=10, dtype="float32")
 
 
 def dense(factor: LowRank) -> torch.Tensor:
@@ -108,12 +108,12 @@ def test_the_bound_is_the_bundles_own_or_its_worst_error(
     make_adapter: MakeAdapter, zoo: Path, tmp_path: Path
 ) -> None:
     new = make_adapter("new", modules=MODULES, rank=5)
-    job.run([zoo], Spec(rank=3), tmp_path / "worst")
+    job.run([zoo], Spec("jd-full", rank=3), tmp_path / "worst")
     worst = max(a.error for a in Bundle.open(tmp_path / "worst").manifest.adapters)
     assert 0.05 < worst < 0.99
     added, _ = join.add(tmp_path / "worst", [str(new)])
     assert added.adapter("new").record.error <= worst
-    job.run([zoo], Spec(max_error=0.02), tmp_path / "bound")
+    job.run([zoo], Spec("jd-full", max_error=0.02), tmp_path / "bound")
     assert join.add(tmp_path / "bound", [str(new)])[0].adapter("new").record.error <= 0.02
     looser, _ = join.add(tmp_path / "bound", [f"loose={new}"], max_error=0.5)
     assert 0.02 < looser.adapter("loose").record.error <= 0.5
@@ -121,7 +121,7 @@ def test_the_bound_is_the_bundles_own_or_its_worst_error(
 
 
 def test_what_was_there_is_not_changed(make_adapter: MakeAdapter, zoo: Path, tmp_path: Path) -> None:
-    bundle = job.run([zoo], Spec(rank=4, clusters=2), tmp_path / "team").bundle
+    bundle = job.run([zoo], Spec("jd-full", rank=4, clusters=2), tmp_path / "team").bundle
     assert bundle is not None
     before = {p: p.read_bytes() for p in (tmp_path / "team").rglob("*") if p.is_file()}
     old = bundle.manifest
@@ -170,7 +170,7 @@ def test_each_adapter_joins_the_cluster_that_fits_it(make_adapter: MakeAdapter, 
 
     for i in range(12):
         member(f"zoo/x{i}", i % 2)
-    job.run([tmp_path / "zoo"], Spec(rank=4, clusters=2, dtype="float32"), tmp_path / "team")
+    job.run([tmp_path / "zoo"], Spec("jd-full", rank=4, clusters=2, dtype="float32"), tmp_path / "team")
     bundle = Bundle.open(tmp_path / "team")
     homes = [shared_indices(bundle.adapter(f"x{i}").record.forms[0] or ()) for i in (0, 1)]
     assert sorted(homes) == [[0, 1], [2, 3]]

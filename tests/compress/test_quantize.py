@@ -340,9 +340,9 @@ def test_wrong_options_are_refused(options: dict[str, Any], problem: str) -> Non
 
 def test_bits_that_are_not_used_are_not_recorded() -> None:
     assert not {"bits", "core_bits", "basis_bits", "group"} & set(Spec().recorded())
-    recorded = Spec(bits=4, group=64).recorded()
+    recorded = Spec("jd-full", bits=4, group=64).recorded()
     assert (recorded["bits"], recorded["group"]) == (4, 64) and "core_bits" not in recorded
-    assert Spec(**recorded) == Spec(bits=4, group=64)  # type: ignore[arg-type]
+    assert Spec(**recorded) == Spec("jd-full", bits=4, group=64)  # type: ignore[arg-type]
 
 
 def run(*arguments: Any) -> None:
@@ -379,10 +379,10 @@ def test_all_commands_work_on_few_bits(method: str, tmp_path: Path) -> None:
 
 def test_bits_of_the_command(tmp_path: Path) -> None:
     adapters = [path for path in sorted(ZOO.iterdir()) if path.is_dir()][:2]
-    options = ["--rank", 4, "--bits", 2.5, "--core-bits", 6, "--basis-bits", 3, "--group", 64]
-    run("compress", *adapters, "-o", tmp_path / "x.lorazip", *options)
+    options = ["--method", "jd-full", "--rank", 4, "--bits", 2.5, "--core-bits", 6, "--basis-bits", 3]
+    run("compress", *adapters, "-o", tmp_path / "x.lorazip", *options, "--group", 64)
     bundle = lorazip.Bundle.open(tmp_path / "x.lorazip")
     assert replace(Spec(**bundle.manifest.options), clusters=None, weights="unit") == Spec(
-        rank=4, bits=2.5, core_bits=6, basis_bits=3, group=64
+        "jd-full", rank=4, bits=2.5, core_bits=6, basis_bits=3, group=64
     )
     assert {s.codec for m in bundle.manifest.modules for s in m.layout} == {"int3g64"}

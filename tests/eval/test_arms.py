@@ -225,7 +225,7 @@ def test_originals_are_what_lies_there(zoo: Path) -> None:
 
 def test_a_bundle_is_an_arm_named_as_its_directory(zoo: Path, tmp_path: Path, monkeypatch: Any) -> None:
     lorazip.compress(zoo, Spec(), tmp_path / "small")
-    lorazip.compress(zoo, Spec(rank=2), tmp_path / "tiny")
+    lorazip.compress(zoo, Spec("jd-full", rank=2), tmp_path / "tiny")
     small, tiny = arms.bundles([tmp_path / "small", tmp_path / "tiny"])
     assert (small.name, small.kind, tiny.name) == ("small", "bundle", "tiny")
     assert list(small.adapters) == ["ant", "bee"]
