@@ -22,6 +22,7 @@ from lorazip.errors import TargetError
 from lorazip.files import Entry, flush, safetensors_size, write_bytes, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.sources import Inputs
+from lorazip.terms import Form
 
 
 class Sink(Protocol):
@@ -123,25 +124,18 @@ def _manifest(
     records: Sequence[FileRecord],
     files: dict[str, FileRecord],
 ) -> Manifest:
-    rows = _rows(inputs)
-    modules = tuple(
-        Module(name, out, in_, shard.layout)
-        for (name, (out, in_)), shard in zip(inputs.modules.items(), finished, strict=True)
-    )
+    modules, forms = stored(inputs, finished)
     adapters = tuple(
         AdapterRecord(
             name=adapter.name,
             config=adapter.config,
-            forms=tuple(
-                shard.forms[rows[m.name][adapter.name]] if adapter.name in rows[m.name] else None
-                for m, shard in zip(modules, finished, strict=True)
-            ),
+            forms=own,
             error=float(f"{float(error):.8g}"),
             original_bytes=adapter.nbytes,
             file=record,
         )
-        for adapter, error, record in zip(
-            inputs.adapters, adapter_errors(inputs, finished), records, strict=True
+        for adapter, own, error, record in zip(
+            inputs.adapters, forms, adapter_errors(inputs, finished), records, strict=True
         )
     )
     return Manifest(
@@ -154,6 +148,25 @@ def _manifest(
         files=files,
         skipped=skipped(inputs),
     )
+
+
+def stored(
+    inputs: Inputs, finished: Sequence[Shard]
+) -> tuple[tuple[Module, ...], list[tuple[Form | None, ...]]]:
+    """The modules with what they share, and how every adapter stores each of them; None where it lacks one."""
+    rows = _rows(inputs)
+    modules = tuple(
+        Module(name, out, in_, shard.layout)
+        for (name, (out, in_)), shard in zip(inputs.modules.items(), finished, strict=True)
+    )
+    forms = [
+        tuple(
+            shard.forms[rows[m.name][adapter.name]] if adapter.name in rows[m.name] else None
+            for m, shard in zip(modules, finished, strict=True)
+        )
+        for adapter in inputs.adapters
+    ]
+    return modules, forms
 
 
 def skipped(inputs: Inputs) -> tuple[str, ...]:

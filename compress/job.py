@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from lorazip.adapter import LowRank
 from lorazip.bundle import Bundle
 from lorazip.compress import cluster, encode, finished, partial, planning, shards, sides
-from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble, module_errors
+from lorazip.compress.assemble import DirectorySink, SizeSink, assemble
 from lorazip.compress.auto import Plan
 from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.methods import METHODS
+from lorazip.compress.outcome import Outcome, outcome
 from lorazip.compress.shards import Shard
 from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
 from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
-from lorazip.terms import described
 
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
 TOGETHER = 2**24  # numbers of factors that auto encodes together: many rows of every rate, in some 100 MB
@@ -36,65 +34,6 @@ SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
 Known = dict[tuple[int, Plan], Shard]
 Done = TypeVar("Done")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a compression did.
-
-    Attributes:
-        bundle: the result; None after a dry run.
-        spec: resolved options.
-        inputs: the adapters that went in, and what was skipped.
-        errors: (n, m) err of every adapter and module, NaN where an adapter lacks the module.
-        adapter_errors: (n,) err_i over all modules of an adapter.
-        fallbacks: (n, m) bool, own factors although the method shares.
-        spectra: per module (r_max,) mean share of energy of each singular value.
-        modules: their names, the columns above.
-        predicted: errors are those that are expected, within two per cent: a dry run of auto.
-        storage: how many modules of adapters are stored in which way, the most frequent first.
-        bundle_bytes: every byte of the bundle, whether written or not.
-        seconds: wall time of the whole run.
-        peak_memory: bytes of anonymous memory.
-    """
-
-    bundle: Bundle | None
-    spec: Spec
-    inputs: Inputs
-    errors: Tensor
-    adapter_errors: Tensor
-    fallbacks: Tensor
-    spectra: tuple[Tensor, ...]
-    modules: tuple[str, ...]
-    predicted: bool
-    storage: dict[str, int]
-    bundle_bytes: int
-    seconds: float
-    peak_memory: int
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of the inputs' weights and configs."""
-        return sum(adapter.nbytes for adapter in self.inputs.adapters)
-
-    def summary(self) -> dict[str, object]:
-        """The figures of `lorazip compress --json`."""
-        return {
-            "adapters": len(self.inputs.adapters),
-            "modules": len(self.modules),
-            "original_bytes": self.original_bytes,
-            "bundle_bytes": self.bundle_bytes,
-            "ratio": self.original_bytes / self.bundle_bytes,
-            "mean_error": float(self.adapter_errors.mean()),
-            "max_error": float(self.adapter_errors.max()),
-            "fallbacks": int(self.fallbacks.sum()),
-            "predicted": self.predicted,
-            "storage": self.storage,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory,
-            "skipped": [str(defect) for defect in self.inputs.skipped],
-            "options": self.spec.recorded(),
-        }
 
 
 def compress(
@@ -168,7 +107,7 @@ def run(
         else:
             bundle, encoded = _write(inputs, spec, output, resume, force, progress)
             size = bundle.nbytes
-    return _outcome(inputs, spec, encoded, bundle, size, time.perf_counter() - started, memory.peak)
+    return outcome(inputs, spec, encoded, bundle, size, time.perf_counter() - started, memory.peak)
 
 
 def resolve(inputs: Inputs, spec: Spec) -> Spec:
@@ -357,35 +296,3 @@ def _write(
         encoded = [replace(shard, file=None) for shard in encoded]
         partial.publish(folder, output, force)
     return Bundle.open(output), encoded
-
-
-def _outcome(
-    inputs: Inputs,
-    spec: Spec,
-    encoded: Sequence[Shard],
-    bundle: Bundle | None,
-    size: int,
-    seconds: float,
-    peak: int,
-) -> Outcome:
-    residuals, energies = module_errors(inputs, encoded)
-    errors = torch.where(energies > 0, residuals / energies.clamp_min(1e-300), residuals * 0)
-    fallbacks = torch.zeros(errors.shape, dtype=torch.bool)
-    for column, code in enumerate(encoded):
-        rows = (~energies[:, column].isnan()).nonzero()[:, 0]
-        fallbacks[rows, column] = torch.tensor(code.fallbacks)
-    return Outcome(
-        bundle,
-        spec,
-        inputs,
-        errors,
-        adapter_errors(inputs, encoded),
-        fallbacks,
-        tuple(code.spectrum for code in encoded),
-        tuple(inputs.modules),
-        bundle is None and spec.method == "auto",
-        dict(Counter(described(form) for code in encoded for form in code.forms).most_common()),
-        size,
-        seconds,
-        peak,
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorazip import findings, page
 from lorazip.compress.groups import shared_init_groups
-from lorazip.compress.job import Outcome
+from lorazip.compress.outcome import Outcome
 from lorazip.files import write_bytes
 
 LISTED = 100  # rows of the lists that can be as long as the input; how many are left out is said

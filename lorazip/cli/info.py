@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from lorazip import units
 from lorazip.bundle import Bundle
+from lorazip.choices import Choice, choices
 from lorazip.cli import render
 from lorazip.errors import printable
 from lorazip.terms import described
@@ -25,6 +27,7 @@ def info(bundle: Path, as_json: bool) -> None:
     manifest = opened.manifest
     forms = [form for a in manifest.adapters for form in a.forms if form is not None]
     storage = dict(Counter(map(described, forms)).most_common())
+    chosen = choices(manifest.modules, [a.forms for a in manifest.adapters])
     figures = {
         "base": manifest.base,
         "revision": manifest.revision,
@@ -37,6 +40,7 @@ def info(bundle: Path, as_json: bool) -> None:
         "ratio": opened.original_bytes / opened.nbytes,
         "shared_bytes": sum(f.nbytes for n, f in manifest.files.items() if n.endswith(".safetensors")),
         "storage": storage,
+        "choices": [choice.document() for choice in chosen],
         "skipped": list(manifest.skipped),
     }
     rows = [
@@ -66,6 +70,7 @@ def info(bundle: Path, as_json: bool) -> None:
     rest = sum(storage.values()) - sum(count for _, count in shown)
     parts = [f"{printable(what)} {count}" for what, count in shown] + ([f"others {rest}"] if rest else [])
     click.echo(f"modules of adapters stored as: {', '.join(parts)}")
+    _show_choices(chosen)
     for line in manifest.skipped:
         click.echo(f"skipped when it was made: {printable(line)}")
     table = [
@@ -74,3 +79,27 @@ def info(bundle: Path, as_json: bool) -> None:
         for r in rows
     ]  # fmt: skip
     render.table("", ["adapter", "error", "modules", "original", "own file"], table, numbers=4)
+
+
+def _show_choices(chosen: Sequence[Choice]) -> None:
+    """A row and a sentence a kind of module."""
+    rows = []
+    for choice in chosen:
+        sides = (choice.left, choice.right)
+        bits = ["-" if side.own_bits is None else f"{side.own_bits:.2g}" for side in sides]
+        rows.append(
+            [
+                choice.kind,
+                str(choice.modules),
+                " / ".join(f"{side.columns:.3g}" for side in sides),
+                " / ".join(f"{100 * side.used:.0f}" for side in sides),
+                f"{choice.rank:.3g}",
+                " / ".join(bits),
+                units.size(choice.shared_bytes),
+                units.size(choice.own_bytes),
+            ]
+        )
+    columns = ["kind", "modules", "shared columns L / R", "used by % L / R", "rank", "own bits L / R"]
+    render.table("", [*columns, "shared", "own"], rows, numbers=7)
+    for choice in chosen:
+        click.echo(printable(choice.sentence))
