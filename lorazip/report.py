@@ -44,6 +44,7 @@ def render(outcome: Outcome) -> str:
         summary=outcome.summary(),
         dry_run=outcome.bundle is None,
         bytes=findings.byte_rows(outcome),
+        choices=outcome.choices,
         rows=rows,
         bars=pictures.bars(
             [row.error for row in rows], [row.group is not None for row in rows], outcome.spec.max_error

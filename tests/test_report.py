@@ -172,6 +172,23 @@ def test_dry_run(dry: Outcome) -> None:
     assert "low-rank factors only" in seen.text("carried")
 
 
+def test_the_page_of_auto_says_what_it_chose(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    for name in "abcd":
+        make_adapter(f"zoo/{name}", modules=WIDE, rank=2, a_seed=1)
+    for output in (None, tmp_path / "out.lorazip"):
+        found = run([tmp_path / "zoo"], Spec("auto", ratio=5.0), output)
+        seen = Page(report.render(found))
+        assert [choice.kind for choice in found.choices] == ["k_proj", "q_proj"]
+        for choice in found.choices:
+            assert f"{choice.sentence}." in seen.sections["choices"]
+            assert units.size(choice.own_bytes) in seen.sections["choices"]
+            assert units.share(choice.error or 0) in seen.sections["choices"]
+        assert ("It is predicted" in seen.text("errors")) == (output is None)
+        assert ("Mean error, predicted" in seen.sections[""]) == (output is None)
+        assert "auto chooses" in seen.text("fallbacks")
+        assert "Fallbacks" not in seen.sections[""]
+
+
 def test_the_page_says_what_happened(outcome: Outcome, page: str) -> None:
     seen = Page(page)
     assert "7 LoRA adapters of" in seen.text("")
