@@ -87,10 +87,15 @@ def prepare(name: str, factors: Sequence[LowRank], spec: Spec) -> tuple[Module, 
     loaded = untangled(load(factors, spec.torch_device()))
     stack, sigma = canonical(loaded)
     energies = sigma.square().sum(1)
-    if spec.weights == "unit":
-        weights = torch.where(energies > 0, 1 / energies, 0)
-    else:
-        weights = torch.full_like(energies, 1 / max(float(energies.mean()), torch.finfo(torch.float64).tiny))
+    each = energies.clamp_min(torch.finfo(torch.float64).tiny)
+    mean = each.mean()
+    match spec.weights:
+        case "unit":
+            weights = torch.where(energies > 0, 1 / each, 0)
+        case "strength":
+            weights = torch.where(energies > 0, 1 / (each * mean).sqrt(), 0)
+        case _:
+            weights = (1 / mean).expand_as(energies).clone()
     original = torch.tensor([f.B.nbytes + f.A.nbytes for f in factors], dtype=torch.float64)
     return Module(name, stack, sigma, energies, weights, original), loaded
 

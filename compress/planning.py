@@ -66,7 +66,7 @@ def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     energies = torch.zeros(count, dtype=torch.float64)
     for each in found:
         energies[list(each.having)] += each.energies
-    weights = _weights(energies, spec)
+    weights = weights_of(energies, spec)
     allowed = (spec.max_error or 0) * energies
     originals = sum(adapter.nbytes for adapter in inputs.adapters)
     budget = int(originals / spec.ratio) if spec.ratio is not None else spec.budget or 0
@@ -82,9 +82,10 @@ def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     return Choice(found, table, chosen)
 
 
-def _weights(energies: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """(n,) what an adapter's residual counts: its share of its own energy, or of all energy."""
-    each = energies if spec.weights == "unit" else energies.mean().expand_as(energies)
+def weights_of(energies: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """(n,) what an adapter's residual counts: by its own energy, the mean of all, or the root of their product."""
+    power = {"unit": 1.0, "strength": 0.5, "trained": 0.0}[spec.weights]
+    each = energies**power * energies.mean() ** (1 - power)
     return torch.where(energies > 0, 1 / each.clamp_min(1e-300), 0) / len(energies)
 
 

@@ -13,7 +13,7 @@ from lorazip.compress.methods import NAMES
 from lorazip.devices import find_device
 from lorazip.errors import UsageError
 
-Weights = Literal["unit", "trained"]
+Weights = Literal["unit", "strength", "trained"]
 JOINING_BITS = 4  # of adapters that join a bundle of auto
 LATER = ("bits", "core_bits", "basis_bits", "group", "ratio", "budget")  # options that came after version 0.1
 
@@ -28,7 +28,8 @@ class Spec:
         energy: least share of ||D||^2 to keep, 0 < energy <= 1 (eigenlora: of held-out adapters).
         max_error: bound on every adapter's err_i; what the method cannot hold is stored as the adapter's own factors.
         clusters: number of bases a module, or None for the paper's rule.
-        weights: "unit" gives every adapter the same say in every module, "trained" as its own norm has it.
+        weights: "unit" gives every adapter the same say in every module, "trained" one by its energy ||D_i||^2,
+            "strength" (auto) one by its norm ||D_i||, between the two: stronger adapters change the model more.
         dtype: float16, bfloat16 or float32, for all that is stored in no fewer bits.
         bits: 1 to 8 a number for own factors, bases and cores; between two of 1, 2, 3, 4, 6, 8 the first columns get
             more than the rest.
@@ -82,8 +83,10 @@ class Spec:
             raise UsageError(f"clusters must be at least 1, not {self.clusters}")
         if self.clusters is not None and self.method == "svd":
             raise UsageError("svd shares nothing, so it has no clusters")
-        if self.weights not in ("unit", "trained"):
-            raise UsageError(f"weights must be unit or trained, not {self.weights!r}")
+        if self.weights not in ("unit", "strength", "trained"):
+            raise UsageError(f"weights must be unit, strength or trained, not {self.weights!r}")
+        if self.weights == "strength" and self.method != "auto":
+            raise UsageError("weights strength is for --method auto (unit and trained are for all)")
         if self.dtype not in CODECS:
             raise UsageError(f"dtype must be one of {', '.join(CODECS)}, not {self.dtype!r}")
         self._check_bits()

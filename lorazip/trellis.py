@@ -42,8 +42,8 @@ BLOCK = 64  # neighbours that are turned together; what is left at the end of a 
 SIGNS = 0x9D5A3C716E84B21F  # bit j, the lowest first: 1 turns the sign of number j of a block
 WORK = 2**28  # bytes of the encoder's record at most
 ROWS = 512  # at a time: the costs of all states of so many fit a core's cache
-# Steps that are decided at a time, and how many more are looked at for it: fewer than all cost 0.6 % of what is left, at
-# rate 1, and less at the others.
+# Steps that are decided at a time, and how many more are looked at for it: not looking further costs 0.6 % of what
+# is left at rate 1, and less at the others.
 SPAN, SURE = 224, 32
 
 

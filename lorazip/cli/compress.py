@@ -32,8 +32,9 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 @click.option(
     "--clusters", type=int, help="Bases a module. Default: the paper's rule (1 up to 100 adapters)."
 )
-@click.option("--weights", type=click.Choice(["unit", "trained"]), default="unit", show_default=True,
-              help="unit: all adapters count alike; trained: by their own norm.")  # fmt: skip
+@click.option("--weights", type=click.Choice(["unit", "strength", "trained"]), default="unit",
+              show_default=True,
+              help="unit: all adapters count alike; strength: by their norm (auto); trained: by its square.")  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(list(CODECS)), default="float16", show_default=True, help="Storage type."
 )
