@@ -34,7 +34,7 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 )
 @click.option("--weights", type=click.Choice(["unit", "strength", "trained"]), default="unit",
               show_default=True,
-              help="unit: all adapters count alike; strength: by their norm (auto); trained: by its square.")  # fmt: skip
+              help="unit: all adapters alike; strength: by their norm (auto); trained: by its square.")  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(list(CODECS)), default="float16", show_default=True, help="Storage type."
 )
