@@ -60,6 +60,7 @@ def _errors(axes: Axes, found: Frontier) -> None:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.legend(loc="lower right")
     axes.set_title("error, predicted" if found.predicted else "error")
 
