@@ -35,7 +35,8 @@ def start(k: int, v: int, generator: torch.Generator) -> Tensor:
         fine = torch.randperm(2 ** (STATE - k), generator=generator)
         new, before = states & (2**k - 1), states >> k
         order = (new ^ (before & (2**k - 1))) * len(fine) + fine[before]
-    return torch.special.ndtri((order.double() + 0.5) / len(states)).float()[:, None]
+    quantiles: Tensor = torch.special.ndtri((order.double() + 0.5) / len(states))
+    return quantiles.float()[:, None]
 
 
 def trained(rate: float) -> tuple[Tensor, float]:
