@@ -28,6 +28,11 @@ from rich.table import Table
 
 TIMEOUT = 3600.0
 SETTINGS: dict[str, tuple[str, ...]] = {
+    "auto, error 0.1 (default)": (),
+    "auto, 8 times": ("--ratio", "8"),
+    "auto, 16 times": ("--ratio", "16"),
+    "auto, 32 times": ("--ratio", "32"),
+    "auto, 64 times": ("--ratio", "64"),
     "svd, rank 1": ("--method", "svd", "--rank", "1"),
     "svd, rank 2": ("--method", "svd", "--rank", "2"),
     "svd, rank 4": ("--method", "svd", "--rank", "4"),
@@ -72,7 +77,8 @@ def matching_rank(directory: Path, error: float, threads: int, timeout: float) -
     """The least rank at which jd-full's mean error is at most `error`, by doubling and bisection."""
 
     def reaches(rank: int) -> bool:
-        row = run(directory, ["--rank", str(rank), "--clusters", "1"], threads, timeout)
+        options = ["--method", "jd-full", "--rank", str(rank), "--clusters", "1"]
+        row = run(directory, options, threads, timeout)
         return bool(row["status"] == "ok" and row["mean_error"] <= error)
 
     low, high = 0, 1

@@ -30,7 +30,7 @@ def main() -> None:
     inputs = open_adapters([options.directory])
     name = next(module for module in inputs.modules if "q_proj" in module)
     factors = [adapter.low_rank(name) for adapter in inputs.adapters if name in adapter.modules]
-    spec = Spec(rank=options.rank, clusters=options.clusters)
+    spec = Spec("jd-full", rank=options.rank, clusters=options.clusters)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         start = time.perf_counter()
         encode(name, factors, spec)

@@ -214,7 +214,7 @@ def joint_table(modules: Modules) -> None:
     ideas_table(
         modules,
         [
-            Spec(rank=rank, clusters=1, bits=bits, core_bits=core)
+            Spec("jd-full", rank=rank, clusters=1, bits=bits, core_bits=core)
             for rank, bits, core in ((8, 4, 8), (8, 2, 8), (16, 4, 4), (16, 3, 4), (16, 2, 4), (16, 2, 2))
         ],
     )
@@ -237,7 +237,9 @@ def frontier_table(modules: Modules) -> None:
         (8, 2, 8), (8, 3, 8), (8, 4, 8), (16, 1.5, 4), (16, 2, 2), (16, 2, 3), (16, 2, 4), (16, 2.5, 4), (16, 3, 3),
         (16, 3, 4), (16, 4, 4), (16, 6, 6), (32, 2, 3), (32, 3, 3), (32, 4, 4),
     ]:  # fmt: skip
-        ratio, error = compressed(modules, Spec(rank=rank, clusters=1, basis_bits=base, core_bits=core))
+        ratio, error = compressed(
+            modules, Spec("jd-full", rank=rank, clusters=1, basis_bits=base, core_bits=core)
+        )
         print(
             f"| jd-full r{rank}, bases {base:g} bit, cores {core} | {ratio:.1f}x | {error:.4f} |", flush=True
         )
