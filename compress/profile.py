@@ -21,8 +21,8 @@ from lorazip.terms import Core, Form, Layout, Own, Shared, Term
 INT8 = 8.0
 WHOLE = 16.0  # a floating-point type
 RATES = (0.0, *trellis.RATES, INT8, WHOLE)  # bits a number of an own row
-# What is left of the energy of a row at each rate; 8 bits: QUANTIZATION.md's table of levels, for one row.
-LEFT = (1.0, *trellis.DISTORTION.values(), 3e-5, 1e-7)
+# What is left of the energy of a row at each rate; 8 bits: of normal rows of 576 numbers, and of those of examples/zoo
+LEFT = (1.0, *trellis.DISTORTION.values(), 5.5e-5, 1e-7)
 # What whole numbers of so many bits leave of loadings, whose sizes differ more than normally distributed ones do
 LOADINGS = {4: 0.02, 6: 0.0015, 8: 1e-4}
 
