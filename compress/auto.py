@@ -183,7 +183,7 @@ class _Rates:
             for p in profiles
         ]
         return _Rates(
-            torch.tensor(sides).permute(1, 2, 0),
+            torch.tensor(sides, dtype=torch.long).view(len(profiles), 2, most).permute(1, 2, 0),
             torch.tensor([p.rank for p in profiles]),
             torch.tensor([LOADED.index(p.loaded) for p in profiles]),
         )

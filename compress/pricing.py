@@ -121,21 +121,21 @@ def _priced(
     curve: Curve, bases: Bases, mu: Tensor, energy: Tensor, dtype: str, loaded: tuple[bool, bool]
 ) -> Priced:
     used = [basis if on else None for basis, on in zip((bases.left, bases.right), loaded, strict=True)]
-    left, right = (1 - leftover(curve, side, basis) for side, basis in enumerate(used))
+    left, right = (leftover(curve, side, basis) for side, basis in enumerate(used))
     sizes = [side_bytes(curve, side, basis, dtype) for side, basis in enumerate(used)]
     nbytes = (sizes[0][:, None] + sizes[1]).flatten()  # (rates^2,)
-    held = (left[..., :, None] * right[..., None, :]).flatten(-2)  # (n or 1, r or 1, rates^2)
+    left, right = left[..., :, None], right[..., None, :]
+    lost = (left + right - left * right).flatten(
+        -2
+    )  # (n or 1, r or 1, rates^2), as exact where little is lost
     value = mu * energy  # (n, r)
-    gain = value[..., None] * held - nbytes
-    most, at = gain.max(2)
-    kept = most > 0
+    least, at = (value[..., None] * lost + nbytes).min(2)
+    kept = least < value
+    share = torch.where(kept, lost.expand(*energy.shape, -1).gather(2, at[..., None])[..., 0], 1)
+    residual = (energy * share).double().sum(1)
+    taken = (nbytes[at] * kept).sum(1)
     at = torch.where(kept, at, -1)
-    captured = (
-        energy * held.expand(*energy.shape, -1).gather(2, at.clamp_min(0)[..., None])[..., 0] * kept
-    ).sum(1)
-    residual = (energy.double().sum(1) - captured.double()).clamp_min(0)
-    taken = (nbytes[at.clamp_min(0)] * kept).sum(1)
-    return Priced(value.sum(1) - most.clamp_min(0).sum(1), residual, taken.double(), at, at)
+    return Priced(torch.where(kept, least, value).sum(1), residual, taken.double(), at, at)
 
 
 def profile(rates: Sequence[int], loaded: int) -> Profile:
