@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each idea behind `--method auto` gains, from its own predictions (within 2 % of what is then measured).
+"""What each idea behind `--method auto` gains, from its own predictions (docs/AUTO.md says how near).
 
     python benchmarks/ideas.py ZOO [--every 6] [--ratio 8 --ratio 16 --ratio 48]
 

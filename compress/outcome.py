@@ -31,7 +31,7 @@ class Outcome:
         fallbacks: (n, m) bool, own factors although the method shares.
         spectra: per module (r_max,) mean share of energy of each singular value.
         modules: their names, the columns above.
-        predicted: errors are those that are expected, within two per cent: a dry run of auto.
+        predicted: errors are those that are expected (docs/AUTO.md says how near): a dry run of auto.
         storage: how many modules of adapters are stored in which way, the most frequent first.
         choices: the same by kind of module, and what of the error is where.
         bundle_bytes: every byte of the bundle, whether written or not.

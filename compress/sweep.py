@@ -79,7 +79,7 @@ class Frontier:
     Attributes:
         spec: the options that all ratios have in common.
         inputs: the adapters that went in, and what was skipped.
-        predicted: nothing was encoded; errors are expected within two per cent.
+        predicted: nothing was encoded; errors are those that are expected (docs/AUTO.md).
         survey_seconds: of the survey that all ratios share.
         points: by rising ratio.
         evaluation: what the judge says of the originals; None without one.

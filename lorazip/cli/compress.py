@@ -104,7 +104,7 @@ def compress(
     --method auto, the default, takes one of --max-error (0.1 without any), --ratio and --budget and chooses for every
     module of every adapter rank, bits and what is shared: the least bytes at that error, or the least mean error in
     those bytes (docs/AUTO.md). Its --max-error bounds an adapter's error over all its modules; the other methods hold
-    it in every single module. Its --dry-run predicts, within two per cent, and is quick.
+    it in every single module. Its --dry-run predicts, and is quick.
 
     The other methods, without --rank, --energy and --max-error, follow the paper's rule: up to 100 adapters one basis
     of n/2 + 7 columns, above that 16 columns and as many clusters as needed; svd keeps 90 % of the energy of every
