@@ -83,15 +83,19 @@ def for_bytes(curves: Sequence[Curve], weights: Tensor, budget: float, dtype: st
 
 def for_errors(curves: Sequence[Curve], adapters: int, allowed: Tensor, dtype: str) -> Aim:
     """The worth of every adapter at which its residuals sum to about `allowed` (n,)."""
+    energies = torch.zeros(adapters, dtype=torch.float64)
+    for c in curves:
+        energies[list(c.having)] += c.energies
+    unit = torch.where(energies > 0, 1 / energies.clamp_min(1e-300), 1)
 
     def aim(bases: Sequence[Bases]) -> Tensor:
-        def over(worth: Tensor) -> Tensor:
+        def over(scale: Tensor) -> Tensor:
             total = torch.zeros(adapters, dtype=torch.float64)
             for c, b in zip(curves, bases, strict=True):
-                total[list(c.having)] += pricing.priced(c, b, worth, dtype, _usual(b)).residual
+                total[list(c.having)] += pricing.priced(c, b, scale * unit, dtype, _usual(b)).residual
             return total <= allowed
 
-        return _bisected(over, torch.ones(adapters, dtype=torch.float64))
+        return _bisected(over, torch.ones(adapters, dtype=torch.float64)) * unit
 
     return aim
 

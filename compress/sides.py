@@ -28,6 +28,7 @@ from lorazip.compress.encode import ModuleCode
 from lorazip.compress.lowrank import Stack
 from lorazip.compress.profile import INT8, Basis, loading_bits, row_codec, runs
 from lorazip.compress.spec import Spec
+from lorazip.errors import CodecError
 from lorazip.terms import Form, Slot, own_slots
 
 RIDGE = 1e-9
@@ -55,6 +56,15 @@ def encode_planned(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
     Raises:
         CodecError: a value does not fit its codec.
     """
+    try:
+        return _encoded(tasks, spec)
+    except CodecError as error:
+        if len(tasks) > 1:  # one by one, to name the module
+            return [code for task in tasks for code in encode_planned([task], spec)]
+        raise CodecError(f"{tasks[0].name}: {error}") from error
+
+
+def _encoded(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
     ready = [_Ready.of(task, spec) for task in tasks]
     busy = [one for one in ready if one.coded]
     _encode([one.right for one in busy], spec.dtype, unit=True)
