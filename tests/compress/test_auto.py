@@ -1,9 +1,10 @@
-"""`--method auto`: bytes and errors are predicted, budgets are met, bounds are met."""
+"""`--method auto`: bytes and errors are foreseen, budgets and bounds are met, and no other method does better."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from lorazip.bundle import Bundle
 from lorazip.cli import group
-from lorazip.compress import job, partial, sides
+from lorazip.compress import auto, check, job, partial, planning, sides
+from lorazip.compress.auto import Plan
+from lorazip.compress.profile import NOTHING, ORIGINAL, WHOLE, Bases, Basis, Profile
 from lorazip.compress.spec import Spec
 from lorazip.errors import UndecidedError, UsageError
+from lorazip.sources import Inputs, open_adapters
 
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 MODULES = {"a.q_proj": (96, 160), "a.k_proj": (48, 160), "b.q_proj": (96, 160), "b.k_proj": (48, 160)}
@@ -38,7 +42,7 @@ def zoo(make_adapter: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every ninth module of six of the real adapters, three of them with a shared start."""
+    """Every tenth module, three of each kind, of six of the real adapters, three of them with a shared start."""
     folder = tmp_path_factory.mktemp("few")
     inits = {
         row["task"]: row["init"] for row in map(json.loads, (ZOO / "scores.jsonl").read_text().splitlines())
@@ -46,7 +50,8 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for start in ("own", "shared"):
         for name in sorted(n for n, init in inits.items() if init == start)[:3]:
             tensors = load_file(ZOO / name / "adapter_model.safetensors")
-            modules = sorted({key.split(".lora_")[0] for key in tensors})[::9]
+            modules = sorted({key.split(".lora_")[0] for key in tensors})[::10]
+            assert {module.rpartition(".")[2] for module in modules} == {"q_proj", "k_proj", "v_proj"}
             (folder / name).mkdir()
             kept = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] in modules}
             save_file(kept, folder / name / "adapter_model.safetensors")
@@ -67,6 +72,28 @@ def test_ratio_is_met_and_used(zoo: Path, tmp_path: Path, aim: float) -> None:
     outcome = job.run([zoo], spec(ratio=aim), tmp_path / "b")
     assert outcome.bundle is not None and outcome.bundle.nbytes == outcome.bundle_bytes
     assert aim <= ratio(outcome) < 1.03 * aim
+
+
+@pytest.mark.parametrize("aim", [4.0, 25.0])
+def test_ratio_of_real_adapters_is_used_within_one_per_cent(few: Path, tmp_path: Path, aim: float) -> None:
+    outcome = job.run([few], spec(ratio=aim), tmp_path / "b")
+    assert aim <= ratio(outcome) < 1.01 * aim
+
+
+@pytest.mark.parametrize(("bound", "used"), [(0.5, 0.93), (0.1, 0.97), (0.01, 0.97), (1e-4, 0.8), (0.0, 1.0)])
+def test_bounds_of_real_adapters_are_met_and_used(
+    few: Path, tmp_path: Path, bound: float, used: float
+) -> None:
+    """No adapter is above, and none is far below: nine modules have few profiles to choose from at 0.5."""
+    outcome = job.run([few], spec(max_error=bound), tmp_path / "b")
+    errors = outcome.adapter_errors
+    assert bool((errors <= bound).all())
+    assert bool((errors >= used * bound).all())
+    assert outcome.bundle is not None
+    original = open_adapters([str(few)])
+    for comparison in check.compare(outcome.bundle, original.adapters, torch.device("cpu")):
+        assert comparison.problems == () and comparison.measured is not None
+        assert comparison.measured <= bound * (1 + 1e-6) + 1e-13
 
 
 def test_budget_is_met_and_more_of_it_lowers_the_error(zoo: Path) -> None:
@@ -109,10 +136,13 @@ def test_resumed_and_repeated_runs_give_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("options", "near"), [({"ratio": 6.0}, 0.05), ({"ratio": 24.0}, 0.02), ({"max_error": 0.1}, 0.02)]
+    ("options", "near"), [({"ratio": 6.0}, 0.13), ({"ratio": 24.0}, 0.02), ({"max_error": 0.1}, 0.02)]
 )
 def test_a_dry_run_predicts(few: Path, tmp_path: Path, options: dict[str, Any], near: float) -> None:
-    """docs/AUTO.md: within 2 % where much is lost, a few per cent too low where little is."""
+    """docs/AUTO.md: within 2 % where much is lost, too low where little is.
+
+    Left rows of q_proj lose more in 4 and 5 bits than normal ones, for their heads differ in energy.
+    """
     dry = job.run([few], spec(**options), None)
     wet = job.run([few], spec(**options), tmp_path / "b")
     assert dry.predicted and dry.bundle is None and not wet.predicted
@@ -122,13 +152,14 @@ def test_a_dry_run_predicts(few: Path, tmp_path: Path, options: dict[str, Any], 
 
 def test_auto_beats_every_other_method_at_its_bytes(few: Path, tmp_path: Path) -> None:
     """METHODS.md §5: never worse than the best single method at the same bytes."""
-    others = [Spec("svd", rank=r, bits=b, device="cpu") for r, b in ((1, 2), (1, 3), (2, 3), (4, 4))]
-    others.append(Spec("jd-full", rank=8, bits=4, device="cpu"))
+    others = [Spec("svd", rank=r, bits=b, device="cpu") for r, b in ((1, 2), (2, 3), (3, 4))]
+    others += [Spec("jd-full", rank=8, bits=3, clusters=1, device="cpu")]
+    others += [Spec("jd-full", rank=20, bits=4, clusters=1, device="cpu")]
     for at, other in enumerate(others):
         rival = job.run([few], other, tmp_path / f"o{at}")
         ours = job.run([few], spec(budget=rival.bundle_bytes), tmp_path / f"a{at}")
         assert ours.bundle_bytes <= rival.bundle_bytes
-        assert float(ours.adapter_errors.mean()) <= 1.02 * float(rival.adapter_errors.mean())
+        assert float(ours.adapter_errors.mean()) <= float(rival.adapter_errors.mean()), other
 
 
 def test_an_interrupted_run_goes_on(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +177,45 @@ def test_an_interrupted_run_goes_on(zoo: Path, tmp_path: Path, monkeypatch: pyte
         patched.setattr(sides, "encode_planned", fail)  # all shards are there
         job.run([zoo], spec(ratio=3.0), tmp_path / "b", resume=True)
     assert (tmp_path / "b" / "bundle.json").read_bytes() == (whole.path / "bundle.json").read_bytes()
+
+
+def invoke(*arguments: Any) -> str:
+    result = CliRunner().invoke(group, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_bundle_of_auto_is_changed_exported_and_verified(few: Path, tmp_path: Path) -> None:
+    """Shared sides stay those of the adapters that are left; one that comes back is measured on them."""
+    bundle, first = tmp_path / "b", sorted(path.name for path in few.iterdir())[0]
+    invoke("compress", few, "-o", bundle, "--max-error", 0.2)
+    before = {adapter.name: adapter.record.error for adapter in Bundle.open(bundle)}
+    assert any(module.layout for module in Bundle.open(bundle).manifest.modules)
+    invoke("verify", bundle, "--against", few)
+    invoke("export", bundle, "-o", tmp_path / "peft")
+    invoke("export", bundle, *list(before)[1:4], "--bundle", "-o", tmp_path / "three")
+    three = Bundle.open(tmp_path / "three")
+    assert three.verify() == [] and {a.name: a.record.error for a in three} == dict(list(before.items())[1:4])
+    originals = {adapter.name: adapter for adapter in open_adapters([str(few)]).adapters}
+    exported = {adapter.name: adapter for adapter in open_adapters([str(tmp_path / "peft")]).adapters}
+    for name, error in before.items():
+        residual = energy = 0.0
+        for module in originals[name].modules:
+            one, two = originals[name].low_rank(module), exported[name].low_rank(module)
+            d = one.scale * one.B.double() @ one.A.double()
+            residual += float((two.scale * two.B.double() @ two.A.double() - d).square().sum())
+            energy += float(d.square().sum())
+            if name in three.names:
+                again = three.adapter(name).low_rank(module)
+                assert torch.allclose(again.B @ again.A, two.scale * two.B @ two.A, atol=1e-6)
+        assert residual / energy == pytest.approx(error, rel=1e-5)
+    invoke("remove", bundle, first)
+    assert {a.name: a.record.error for a in Bundle.open(bundle)} == {
+        n: e for n, e in before.items() if n != first
+    }
+    invoke("add", bundle, few / first)
+    invoke("verify", bundle, "--against", few)
+    assert Bundle.open(bundle).adapter(first).record.error <= 0.2
 
 
 def test_adding_to_a_bundle_of_auto(zoo: Path, make_adapter: Any, tmp_path: Path) -> None:
@@ -203,3 +273,170 @@ def test_info_and_report_say_what_was_chosen(zoo: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(group, ["info", str(output)]).output
     assert f"stored as: {most} {storage[most]}" in " ".join(told.split())
     assert json.loads(CliRunner().invoke(group, ["info", str(output), "--json"]).output)["storage"] == storage
+
+
+# --- odd inputs -------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_zeros_take_nothing(make_adapter: Any, tmp_path: Path) -> None:
+    zero = {f"base_model.model.{m}.lora_B.weight": torch.zeros(out, 4) for m, (out, _) in MODULES.items()}
+    for name in ("nil", "nought", "zip"):
+        make_adapter(f"none/{name}", modules=MODULES, tensors=zero)
+    for options in ({}, {"ratio": 2.0}):
+        outcome = job.run([tmp_path / "none"], spec(**options), tmp_path / "b", force=True)
+        assert outcome.adapter_errors.tolist() == [0, 0, 0]
+        assert outcome.storage == {"nothing": 12}
+    make_adapter("some/one", modules=MODULES)
+    outcome = job.run([tmp_path / "none", tmp_path / "some"], spec(), tmp_path / "c")
+    assert outcome.storage["nothing"] == 12
+    assert outcome.adapter_errors.tolist() == pytest.approx([0, 0, 0.08, 0], abs=0.02)
+
+
+@pytest.mark.parametrize("strength", [1e-12, 1e-6, 1e4, 1e10])
+def test_an_adapter_of_another_strength_is_compressed_like_others(
+    zoo: Path, make_adapter: Any, tmp_path: Path, strength: float
+) -> None:
+    path = make_adapter("zoo/fox", modules=MODULES, seed=5) / "adapter_model.safetensors"
+    usual = job.run([zoo], spec(), tmp_path / "usual")
+    tensors = {key: t * strength if "lora_B" in key else t for key, t in load_file(path).items()}
+    save_file(tensors, path)
+    outcome = job.run([zoo], spec(), tmp_path / "b")
+    assert outcome.inputs.adapters[5].name == "fox"
+    assert 0.08 < float(outcome.adapter_errors[5]) <= 0.1
+    assert outcome.bundle_bytes == pytest.approx(usual.bundle_bytes, rel=0.03)
+
+
+def test_one_adapter_alone(make_adapter: Any, tmp_path: Path) -> None:
+    make_adapter("alone/ant", modules=MODULES)
+    for options in ({}, {"ratio": 4.0}):
+        outcome = job.run([tmp_path / "alone"], spec(**options), tmp_path / "b", force=True)
+        assert outcome.bundle is not None and not any(m.layout for m in outcome.bundle.manifest.modules)
+        assert 0 < float(outcome.adapter_errors) < 0.5
+
+
+# --- the steps of the choice ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(few: Path) -> Inputs:
+    return open_adapters([str(few)])
+
+
+@pytest.fixture(scope="module")
+def choice(opened: Inputs) -> planning.Choice:
+    options = spec(max_error=0.1)
+    return planning.choose(
+        opened, options, [planning.survey(opened, options, name) for name in opened.modules]
+    )
+
+
+def test_the_menu_is_short_and_everyone_finds_something(choice: planning.Choice) -> None:
+    menu = choice.table.menu
+    assert menu[0] == NOTHING and menu[-1] == ORIGINAL
+    assert len(set(menu)) == len(menu) <= auto.MENU + 8 + 1
+    assert all(profile.nameable for profile in menu if profile.rank)
+    assert {Profile((WHOLE,) * r, (WHOLE,) * r) for r in range(1, 9)} <= set(menu)
+
+
+def test_choices_are_within_their_limits(choice: planning.Choice) -> None:
+    table = choice.table
+
+    def total(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return values.gather(2, chosen[..., None])[..., 0].sum(1)
+
+    previous = None
+    for bound in (0.5, 0.1, 0.01, 1e-3):
+        chosen = auto.within_errors(table, bound * table.energies)
+        assert bool((total(table.residuals, chosen) <= bound * table.energies * (1 + 1e-9)).all())
+        nbytes = total(table.nbytes, chosen)
+        assert previous is None or bool((nbytes >= previous).all())
+        previous = nbytes
+    weights = 1 / table.energies
+    errors = []
+    for budget in (5_000, 20_000, 80_000):
+        chosen = auto.within_bytes(table, budget, weights)
+        assert 0.97 * budget < float(total(table.nbytes, chosen).sum()) <= budget
+        errors.append(float((total(table.residuals, chosen) * weights).sum()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_basis_that_nobody_uses_is_not_stored(choice: planning.Choice) -> None:
+    table = choice.table
+    assert any(bases.right for bases in table.bases)
+    whole = torch.full(table.nbytes.shape[:2], len(table.menu) - 1)
+    assert all(plan.bases == Bases() for plan in auto.plans(table, choice.curves, whole))
+    for plan in choice.plans:
+        for side, basis in enumerate((plan.bases.left, plan.bases.right)):
+            assert (basis is not None) == any(profile.loaded[side] for profile in plan.profiles)
+
+
+def test_only_adapters_that_miss_their_bound_choose_again(choice: planning.Choice) -> None:
+    """One is found to lose a tenth more than foreseen in every module: it gets more bytes, the others keep theirs."""
+    table, chosen = choice.table, choice.chosen
+    foreseen = table.residuals.gather(2, chosen[..., None])[..., 0]
+    assert auto.repaired(table, chosen, foreseen, 0.1, 0) is None
+    measured = foreseen.clone()
+    measured[2] *= 1.1
+    found = auto.repaired(table, chosen, measured, 0.1, 0)
+    assert found is not None
+    corrected, again = found
+    others = [i for i in range(len(chosen)) if i != 2]
+    assert torch.equal(again[others], chosen[others]) and not torch.equal(again[2], chosen[2])
+    taken = [table.nbytes.gather(2, c[..., None])[2].sum() for c in (chosen, again)]
+    assert taken[1] > taken[0]
+    expected = corrected.residuals.gather(2, again[..., None])[2].sum()
+    assert 0.095 * float(table.energies[2]) < float(expected) <= 0.1 * float(table.energies[2])
+    last = auto.repaired(table, chosen, measured, 0.1, auto.REPAIRS)
+    assert last is not None and bool((last[1][2] == len(table.menu) - 1).all())
+    assert torch.equal(last[1][others], chosen[others])
+
+
+def test_a_bound_that_is_missed_for_ever_ends_with_the_originals(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured errors that never fall: after some rounds what misses its bound is kept as it was."""
+    real = planning.module_errors
+
+    def worse(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        residuals, energies = real(*arguments)
+        return torch.where(residuals > 0, 1e3 * energies, residuals), energies
+
+    monkeypatch.setattr(planning, "module_errors", worse)
+    outcome = job.run([zoo], spec(max_error=0.3), tmp_path / "b")
+    assert outcome.adapter_errors.tolist() == [0] * 5
+
+
+def test_plans_have_names_of_their_own() -> None:
+    profiles = Profile((2.0,), (1.0,)), Profile((2.0,), (1.0,), (False, True)), NOTHING, ORIGINAL
+    bases = Bases(), Bases(None, Basis(4, 2)), Bases(Basis(4, 2), None), Bases(None, Basis(4, 3))
+    made = [Plan(b, order) for b in bases for order in (profiles, profiles[::-1])]
+    assert len({plan.digest for plan in made}) == len(made)
+    assert Plan(bases[1], profiles).digest == Plan(Bases(None, Basis(4, 2)), profiles).digest
+
+
+@pytest.mark.parametrize("together", [1, 20_000, 60_000, 2**24])
+def test_bunches_hold_all_modules_once_and_no_more_than_their_room(
+    opened: Inputs, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr(job, "TOGETHER", together)
+    shapes = list(opened.modules.values())
+    sizes = [6 * 8 * sum(shape) for shape in shapes]
+    for indices in (list(range(9)), [1, 4, 5], [7], []):
+        bunches = job._bunches(opened, indices)
+        assert [index for bunch in bunches for index in bunch] == indices
+        assert all(bunches)
+        for bunch in bunches:
+            assert len(bunch) == 1 or sum(sizes[i] for i in bunch) <= together
+        for one, two in pairwise(bunches):  # another module would not have fitted
+            half = -(-sum(sizes[i] for i in indices) // 2)
+            assert sum(sizes[i] for i in [*one, two[0]]) > min(together, half)
+    assert len(job._bunches(opened, range(9))) >= 2  # one for each of two workers at least
+
+
+def test_bunches_change_nothing(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for together in (1, 2**24):
+        monkeypatch.setattr(job, "TOGETHER", together)
+        made.append(job.run([few], spec(ratio=40.0), tmp_path / str(together)))
+    assert made[0].bundle_bytes == pytest.approx(made[1].bundle_bytes, abs=20)  # digits of errors
+    assert torch.allclose(made[0].adapter_errors, made[1].adapter_errors, rtol=1e-3)
