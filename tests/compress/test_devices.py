@@ -18,8 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lorazip.adapter import LowRank
 from lorazip.compress import cluster, frame, joint, quantize
-from lorazip.compress.encode import encode, prepare
+from lorazip.compress.auto import Plan
+from lorazip.compress.curves import Curve, curve
+from lorazip.compress.encode import ModuleCode, encode, prepare
 from lorazip.compress.methods import METHODS
+from lorazip.compress.profile import INT8, ORIGINAL, WHOLE, Bases, Basis, Profile
+from lorazip.compress.sides import Task, encode_planned
 from lorazip.compress.spec import Spec
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -184,3 +188,42 @@ def test_the_pretended_gpu_notices_what_a_real_one_would(gpu: None) -> None:
         torch.randn(3, device=GPU, generator=torch.Generator())
     assert there[torch.tensor([0, 1])].device == GPU and there.cpu().device == CPU
     assert (there + torch.tensor(1.0)).device == GPU
+
+
+def test_auto_on_a_gpu_is_auto_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves, shared bases, rows of every kind and loadings."""
+    monkeypatch.setattr(joint, "ROUNDS", 4)
+    factors = [*related((4, 3, 5, 4, 4, 2), 20, 30), small()[-1]]
+    bases = Bases(Basis(4, 3), Basis(4, 2))
+    profiles = (
+        Profile((2.0, 2.0, 0.0), (1.0, 0.5, 0.5), (True, True)),
+        Profile((WHOLE, INT8), (4.0, 0.0), (False, True)),
+        Profile((INT8,), (WHOLE,), (True, False)),
+        *[Profile((1.5,), (2.5,))] * 2,
+        ORIGINAL,
+        Profile((2.0,), (2.0,)),  # of zeros
+    )
+    task = Task("m", factors, Plan(bases, profiles))
+
+    def run() -> tuple[Curve, ModuleCode]:
+        found = curve(prepare("m", factors, Spec())[0], range(7))
+        (code,) = encode_planned([task], Spec())
+        return found, code
+
+    known, plain = run()
+    monkeypatch.setattr(Spec, "torch_device", lambda self: GPU)
+    with Pretended():
+        there, code = run()
+        parts = [t for parts in (*code.shared, *code.own) for t in parts]
+        others = [
+            code.residuals,
+            code.energies,
+            code.spectrum,
+            there.sigma,
+            there.original_bytes,
+            *there.outside,
+        ]
+        assert {place(t) for t in (*parts, *others)} == {CPU}
+    assert code.forms == plain.forms and code.layout == plain.layout
+    assert torch.allclose(code.residuals, plain.residuals, rtol=1e-3)
+    assert torch.allclose(there.sigma, known.sigma)
