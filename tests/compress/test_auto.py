@@ -80,11 +80,11 @@ def test_ratio_of_real_adapters_is_used_within_one_per_cent(few: Path, tmp_path:
     assert aim <= ratio(outcome) < 1.01 * aim
 
 
-@pytest.mark.parametrize(("bound", "used"), [(0.5, 0.93), (0.1, 0.97), (0.01, 0.97), (1e-4, 0.8), (0.0, 1.0)])
+@pytest.mark.parametrize(("bound", "used"), [(0.5, 0.85), (0.1, 0.95), (0.01, 0.95), (1e-4, 0.7), (0.0, 1.0)])
 def test_bounds_of_real_adapters_are_met_and_used(
     few: Path, tmp_path: Path, bound: float, used: float
 ) -> None:
-    """No adapter is above, and none is far below: nine modules have few profiles to choose from at 0.5."""
+    """No adapter is above, and none is far below: six adapters pay for few profiles to choose from."""
     outcome = job.run([few], spec(max_error=bound), tmp_path / "b")
     errors = outcome.adapter_errors
     assert bool((errors <= bound).all())
