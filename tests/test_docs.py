@@ -112,7 +112,7 @@ def test_the_readme_runs(examples: Path, kept: Path, capsys: pytest.CaptureFixtu
         exec(compile(block, "README.md", "exec"), space)  # noqa: S102 - our own text
     assert space["D"].shape == (576, 576)
     assert (examples / "report.html").stat().st_size > 10_000
-    assert_the_table_tells("jd-full, paper's rule", lorazip.Bundle.open("zoo.lorazip"))
+    assert_the_table_tells("auto, error 0.1", lorazip.Bundle.open("zoo.lorazip"))
     assert_the_table_tells("svd, error 0.1", lorazip.Bundle.open("python.lorazip"))
 
 
