@@ -29,7 +29,9 @@ from lorazip.sources import Inputs, open_adapters
 
 WORKERS = 4  # modules at a time at most: each needs memory for its factors of all adapters
 TOGETHER = 2**24  # numbers of factors that auto encodes together: many rows of every rate, in some 100 MB
-ERROR = 0.1  # of every adapter, when auto is asked for nothing else: docs/AUTO.md says what tasks notice of it
+ERROR = (
+    0.1  # of every adapter, when auto is asked for nothing else: docs/AUTO.md says what tasks notice of it
+)
 SVD_ENERGY = 0.9  # of each adapter and module, when nothing else is asked for
 Progress = Callable[[str, int, int], None]  # what, done, total
 Known = dict[tuple[int, Plan], Shard]
