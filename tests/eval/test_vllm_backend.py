@@ -258,7 +258,8 @@ def test_the_command_line_in_bfloat16(world: Path) -> None:
     assert len(results["canaries"]) == 2 * len(NAMES) and all(canary["ok"] for canary in results["canaries"])
     assert [(one["what"], one["count"]) for one in results["left_out"]][-1] == ("long", 1)
     scores = {one["arm"]: one["score"]["estimate"] for one in results["summary"]}
-    assert scores["original"] > 0.6 > scores["team"] > scores["base"]
+    # In bfloat16 a poor bundle may answer nothing: how products are rounded is the CPU's
+    assert scores["original"] > 0.6 > scores["team"] >= scores["base"]
 
 
 # --- without an engine ------------------------------------------------------------------------------------------------
