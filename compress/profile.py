@@ -24,7 +24,7 @@ RATES = (0.0, *trellis.RATES, INT8, WHOLE)  # bits a number of an own row
 # What is left of the energy of a row at each rate; 8 bits: of normal rows of 576 numbers, and of those of examples/zoo
 LEFT = (1.0, *trellis.DISTORTION.values(), 5.5e-5, 1e-7)
 # What whole numbers of so many bits leave of loadings, whose sizes differ more than normally distributed ones do
-LOADINGS = {4: 0.02, 6: 0.0015, 8: 1e-4}
+LOADINGS = {4: 0.008, 6: 5e-4, 8: 3e-5}
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ def hadamard() -> NDArray[np.float64]:
     return found
 
 
+def section(whole: int) -> int:
+    """The step between the places of successive numbers: the golden section, or the next that visits all places."""
+    return next(
+        g for g in range(whole * 40503 // 65536, whole) if len({g * i % whole for i in range(whole)}) == whole
+    )
+
+
 def left(name: str, rows: Tensor) -> Tensor:
     """What a codec leaves of the energy of each row."""
     back = codec(name).decode(codec(name).encode(rows), rows.shape)
@@ -64,8 +71,12 @@ def test_decoding_is_a_walk_from_state_to_state(rate: float, count: int, width: 
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**code.k, (count, code.steps(width)), generator=generator)
     expected = walked(codes, rate)[:, :width]
-    for at in range(0, width - 63, 64):
-        expected[:, at : at + 64] = expected[:, at : at + 64] @ hadamard()
+    whole = width // 64 * 64
+    turned_back = np.concatenate(
+        [expected[:, at : at + 64] @ hadamard() for at in range(0, whole, 64)] or [expected[:, :0]], axis=1
+    )
+    for at in range(whole):
+        expected[:, at * section(whole) % whole] = turned_back[:, at]
     found = code.decode(codes, width)
     assert found.dtype == torch.float32
     assert np.allclose(found.numpy(), expected, atol=1e-5)
@@ -226,15 +237,29 @@ def test_turning_is_orthogonal_and_undone(rows: int, width: int, seed: int) -> N
 
 
 def test_turning_is_the_matrix_of_the_specification() -> None:
-    back = turned(torch.eye(BLOCK), back=True).double().numpy()
+    places = [i * section(BLOCK) % BLOCK for i in range(BLOCK)]
+    back = turned(torch.eye(BLOCK), back=True).double().numpy()[:, places]
     assert np.allclose(back, hadamard(), atol=1e-7) and np.allclose(back, reader.TURN, atol=1e-7)
     assert np.allclose(back @ back.T, np.eye(BLOCK), atol=1e-6)
 
 
 def test_an_outlier_is_spread_over_its_block() -> None:
     x = torch.zeros(1, 2 * BLOCK)
-    x[0, 70] = 8
+    x[0, 70 * section(2 * BLOCK) % (2 * BLOCK)] = 8
     assert turned(x).abs().tolist() == [[0.0] * BLOCK + [1.0] * BLOCK]
+
+
+@given(st.integers(2, 60), st.sampled_from([32, 64, 96, 128, 192]))
+@steady
+def test_blocks_take_alike_from_every_head(blocks: int, head: int) -> None:
+    """A head of attention that holds all the energy is spread: no block has four numbers more than its share."""
+    width = BLOCK * blocks
+    for at in range(0, width - head + 1, head):
+        x = torch.zeros(1, width)
+        x[0, at : at + head] = 1
+        counts = turned(x).view(blocks, BLOCK).square().sum(1)
+        mean = head / blocks
+        assert float(counts.max()) <= mean + 4
 
 
 @every_rate

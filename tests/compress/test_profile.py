@@ -216,7 +216,7 @@ def test_loadings_of_real_adapters_lose_no_more_than_prices_say(bits: int, side:
     loadings = (unit @ shared).float()
     scales = quantized.best_scales(loadings, bits)[:, None]
     lost = (loadings - quantized.levels(loadings, scales, bits) * scales).square().sum()
-    assert 0.1 * LOADINGS[bits] < float(lost / loadings.square().sum()) < 1.5 * LOADINGS[bits]
+    assert 0.4 * LOADINGS[bits] < float(lost / loadings.square().sum()) < 1.5 * LOADINGS[bits]
 
 
 def test_the_priced_bytes_are_those_of_what_is_encoded() -> None:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,9 @@ class Cursor:
             state = (state * 2**k + codes[:, t]) % 1024
             numbers[:, t] = table[state]
         values = numbers.reshape(rows, steps * v)[:, :width]
-        for at in range(0, width - 63, 64):
-            values[:, at : at + 64] = values[:, at : at + 64] @ TURN
+        if whole := width // 64 * 64:
+            blocks = values[:, :whole].reshape(rows, whole // 64, 64) @ TURN
+            values[:, places(whole)] = blocks.reshape(rows, whole)
         scales = self.run("BF16", rows) if scaled else np.ones(rows)
         return (values * scales[:, None]).reshape(shape)
 
@@ -249,7 +251,15 @@ def tables() -> dict[str, Array]:
     return {rate: file.stream(rate).reshape(1024, -1) for rate in STEPS}
 
 
-# x = y TURN: 64 numbers of a row are turned back
+def places(whole: int) -> Array:
+    """Where numbers that were turned back belong in their row."""
+    step = whole * 40503 // 65536
+    while gcd(step, whole) != 1:
+        step += 1
+    return np.arange(whole) * step % whole
+
+
+# z = y TURN: 64 numbers of a row are turned back
 ONES = np.array([[(i & j).bit_count() for j in range(64)] for i in range(64)])
 TURN = (-1.0) ** ONES / 8 * np.array([(-1.0) ** (SIGNS >> j & 1) for j in range(64)])
 
