@@ -216,7 +216,8 @@ def _write(path: Path, adapter: Adapter, parts: Sequence[Tensor]) -> FileRecord:
     streams: dict[str, list[Tensor]] = defaultdict(list)
     for part in parts:
         streams[names[part.dtype]].append(part)
-    entries = [Entry(k, k, (sum(map(len, p)),), p) for k, p in streams.items()]
+    counts = {k: sum(map(len, p)) for k, p in streams.items()}
+    entries = [Entry(k, k, (counts[k],), p) for k, p in streams.items() if counts[k]]  # none without elements
     entries += [Entry(k, info.dtype, info.shape, [adapter.extra(k)]) for k, info in adapter.extras.items()]
     target = adapter_path(path, adapter.name)
     try:

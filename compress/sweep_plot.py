@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from lorazip.drawing import DARK, FILE_STYLE, LIGHT
+
 if TYPE_CHECKING:
     from lorazip.compress.sweep import Frontier
 
 PANEL, HEIGHT = 5.0, 3.4  # inches: the width of a panel, the height of the picture
-_DARK, _LIGHT = "#1f4e79", "#d08a2e"
-_STYLE: Any = {  # Any: matplotlib wants each key as a literal type
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9.0,
-    "font.size": 8.0,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "frontier",
-}
 
 
 def plot(found: Frontier) -> str:
@@ -34,7 +23,7 @@ def plot(found: Frontier) -> str:
     judged = any(point.kept for point in found.points)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(FILE_STYLE | {"svg.hashsalt": "frontier"})
         canvas = Figure((PANEL * (1 + judged), HEIGHT), layout="constrained")
         panels = canvas.subplots(1, 1 + judged, squeeze=False)[0]
         _errors(panels[0], found)
@@ -48,7 +37,7 @@ def plot(found: Frontier) -> str:
 
 
 def _errors(axes: Axes, found: Frontier) -> None:
-    for label, colour, name in (("mean", _DARK, "mean_error"), ("worst adapter", _LIGHT, "max_error")):
+    for label, colour, name in (("mean", DARK, "mean_error"), ("worst adapter", LIGHT, "max_error")):
         # Zero has no logarithm: an exact bundle is not drawn.
         pairs = [(p.ratio, getattr(p, name)) for p in found.points if p.ratio and getattr(p, name)]
         if pairs:
@@ -69,10 +58,10 @@ def _kept(axes: Axes, found: Frontier) -> None:
     kept = [(p.ratio, p.kept) for p in found.points if p.kept and p.ratio]
     for ratio, interval in kept:
         ends = [100 * interval["low"], 100 * interval["high"]]
-        axes.plot([ratio] * 2, ends, color=_DARK, linewidth=1.2, marker="_", markersize=7)
+        axes.plot([ratio] * 2, ends, color=DARK, linewidth=1.2, marker="_", markersize=7)
     estimates = [100 * interval["estimate"] for _, interval in kept]
-    axes.plot([r for r, _ in kept], estimates, color=_DARK, linewidth=1.4, marker="o", markersize=4)
-    axes.axhline(100, color=_LIGHT, linewidth=0.8, dashes=(4, 3))
+    axes.plot([r for r, _ in kept], estimates, color=DARK, linewidth=1.4, marker="o", markersize=4)
+    axes.axhline(100, color=LIGHT, linewidth=0.8, dashes=(4, 3))
     axes.set_title("score kept, % of the originals', with 95 % intervals")
 
 

@@ -6,30 +6,18 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from lorazip.drawing import DARK, FILE_STYLE, LIGHT
 
 if TYPE_CHECKING:
     from lorazip.eval.serve_records import Row
 
 WIDTH, ROW, AROUND = 10.0, 0.62, 1.1  # inches: of the picture, of an arm, of titles and axes
 MAX_NAME = 34  # characters
-_DARK, _LIGHT = "#1f4e79", "#d08a2e"
-_STYLE: Any = {  # Any: matplotlib wants each key as a literal type
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9.0,
-    "font.size": 8.0,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "serve",
-    "text.parse_math": False,  # names may have dollar signs
-}
 
 
 def plot(rows: Sequence[Row], rate: float) -> str:
@@ -42,21 +30,21 @@ def plot(rows: Sequence[Row], rate: float) -> str:
     names = [row.arm if len(row.arm) <= MAX_NAME else row.arm[: MAX_NAME - 1] + "…" for row in rows]
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(FILE_STYLE | {"svg.hashsalt": "serve"})
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the viewer has fonts of its own
         canvas = Figure((WIDTH, ROW * len(rows) + AROUND), layout="constrained")
         left, right = canvas.subplots(1, 2, sharey=True)
         speed = [row.output_tokens_per_second for row in rows]
-        left.barh(range(len(rows)), speed, height=0.6, color=_DARK)
+        left.barh(range(len(rows)), speed, height=0.6, color=DARK)
         for at, value in enumerate(speed):
             left.annotate(f"{value:,.0f}", (value, at), (3, 0), textcoords="offset points", va="center")
         left.set_xlim(0, 1.15 * max(speed))
         left.set_yticks(range(len(rows)), names)
         left.invert_yaxis()
         left.set_title("output tokens a second")
-        series = (("to the first token", _LIGHT, -0.15), ("to the last token", _DARK, 0.15))
+        series = (("to the first token", LIGHT, -0.15), ("to the last token", DARK, 0.15))
         for label, colour, shift in series:
-            found = [row.ttft if colour == _LIGHT else row.latency for row in rows]
+            found = [row.ttft if colour == LIGHT else row.latency for row in rows]
             for at, q in enumerate(found):
                 marks = (q.p50, q.p90, q.p99)
                 right.plot(marks, [at + shift] * 3, color=colour, linewidth=1.2)

@@ -23,6 +23,20 @@ LINES = 8  # colours of a picture
 WIDTH = 10.0  # inches; the page scales pictures to its width
 MAX_NAME = 34  # characters
 
+FILE_STYLE: Any = {  # of pictures that are files of their own; Any: matplotlib wants each key as a literal type
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9.0,
+    "font.size": 8.0,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names may have dollar signs
+}
+DARK, LIGHT = "#1f4e79", "#d08a2e"  # their colours
+
 INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
 SERIES = tuple(f"#0103{i:02x}" for i in range(LINES))
 _COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"} | {

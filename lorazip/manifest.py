@@ -10,11 +10,11 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorazip import codecs
+from lorazip import codecs, numbers
 from lorazip.errors import BundleError
 from lorazip.header import FormatError, parse_json
 from lorazip.names import problem_with, twins
@@ -22,14 +22,12 @@ from lorazip.terms import Core, Form, Layout, Own, Shared, Term
 
 FORMAT = "lorazip-bundle"
 VERSION = 1
-DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # of base 64
 MAX_EXTENT = 2**24  # rows or columns of a module; the largest vocabularies have a million
 ABSENT = -1  # in place of a form: the adapter does not have this module
 MAX_MANIFEST = 256 * 2**20
 MAX_TERMS = 64  # of a form: a term may repeat a shared tensor, so each costs memory that no file had to hold
 MAX_PLACES = 2**27  # adapters times modules: runs make a short manifest out of many
 MAX_UNSTORED = 2**28  # rows of a form that take no bytes (tcq0), times their width: a gigabyte in memory
-SAVED = 16  # bytes that a text of digits must save: short lists are left readable
 MAX_NUMBER = 3.4028234663852886e38  # of float32, in which all is computed
 _FIRST_LINE = re.compile(rb'\{"digest":"([0-9a-f]{64})",\n')
 
@@ -114,12 +112,12 @@ def dumps(manifest: Manifest) -> bytes:
         "layouts": [[[s.side, s.columns, s.codec] for s in layout] for layout in layouts],
         "forms": [[pack_term(t) for t in form] for form in forms],
         "modules": [[m.name, m.out, m.in_] for m in manifest.modules],
-        "module_layouts": _runs([layout_place[m.layout] for m in manifest.modules]),
+        "module_layouts": numbers.runs([layout_place[m.layout] for m in manifest.modules]),
         "adapters": [
             {
                 "name": a.name,
                 **_difference(a.config, common),
-                "forms": _shorter([ABSENT if f is None else place[f] for f in a.forms]),
+                "forms": numbers.shorter([ABSENT if f is None else place[f] for f in a.forms]),
                 "error": a.error,
                 "original_bytes": a.original_bytes,
                 "bytes": a.file.nbytes,
@@ -167,40 +165,6 @@ def pack_term(term: Term) -> list[object]:
         case _:
             core.append(term.core.codec)
     return [side(term.left), core, side(term.right)]
-
-
-def _runs(values: Iterable[int]) -> list[int | list[int]]:
-    """[3, 0, 0, 0, 1] -> [3, [0, 3], 1]: a run of equal values as [value, count]."""
-    packed: list[list[int]] = []
-    for value in values:
-        if packed and packed[-1][0] == value:
-            packed[-1][1] += 1
-        else:
-            packed.append([value, 1])
-    return [run[0] if run[1] == 1 else run for run in packed]
-
-
-def _shorter(values: Sequence[int]) -> list[int | list[int]] | str:
-    """Runs, or where that is much shorter, a text of one or two digits of base 64 for each value plus 1."""
-    runs = _runs(values)
-    digits = 1 if max(values) + 1 < 64 else 2
-    if max(values) + 1 >= 64**2 or len(_json(runs)) < digits * len(values) + 2 + SAVED:
-        return runs
-    return "".join(DIGITS[(v + 1) // 64 ** (digits - 1 - d) % 64] for v in values for d in range(digits))
-
-
-def _undigit(text: str, length: int) -> list[int]:
-    """The inverse of the texts of `_shorter`."""
-    digits = len(text) // length
-    if digits not in (1, 2) or len(text) != digits * length:
-        raise ValueError(f"a text of {len(text)} digits for {length} modules")
-    places = [DIGITS.find(digit) for digit in text]
-    if min(places) < 0:
-        raise ValueError(f"{text[places.index(-1)]!r} is not a digit of base 64")
-    return [
-        sum(place * 64 ** (digits - 1 - d) for d, place in enumerate(places[at : at + digits])) - 1
-        for at in range(0, len(places), digits)
-    ]
 
 
 def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -256,7 +220,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         raise BundleError(f"bundle.json: adapters times modules is more than {MAX_PLACES}")
     layouts = [tuple(unpack_shared(item) for item in layout) for layout in body["layouts"]]
     forms = [_form(form) for form in body["forms"]]
-    indices = _unrun(body["module_layouts"], len(body["modules"]), len(layouts), "module_layouts")
+    indices = numbers.unrun(body["module_layouts"], len(body["modules"]), len(layouts), "module_layouts")
     modules = tuple(
         Module(_text(name), _count(out, 1), _count(in_, 1), layouts[i])
         for (name, out, in_), i in zip(body["modules"], indices, strict=True)
@@ -290,8 +254,10 @@ def _adapter(
     problem = problem_with(name)
     if problem:
         raise BundleError(f"bundle.json: adapter name {name!r} {problem}")
-    packed = _undigit(item["forms"], len(modules)) if isinstance(item["forms"], str) else item["forms"]
-    indices = _unrun(packed, len(modules), len(forms), f"forms of {name}", least=ABSENT)
+    packed = item["forms"]
+    if isinstance(packed, str):
+        packed = numbers.undigit(packed, len(modules))
+    indices = numbers.unrun(packed, len(modules), len(forms), f"forms of {name}", least=ABSENT)
     own = tuple(None if i == ABSENT else forms[i] for i in indices)
     for module, form in zip(modules, own, strict=True):
         _check_form(name, module, form)
@@ -365,23 +331,6 @@ def unpack_shared(item: Any) -> Shared:
     if side not in ("left", "right"):
         raise ValueError(f"side {side!r}")
     return Shared(side, _count(columns, 1), _stored(codec))
-
-
-def _unrun(packed: Any, length: int, below: int, what: str, least: int = 0) -> list[int]:
-    values: list[int] = []
-    for item in packed:
-        value, count = (item, 1) if type(item) is int else item
-        if (
-            type(value) is not int
-            or not least <= value < below
-            or type(count) is not int
-            or not 0 < count <= length - len(values)
-        ):
-            raise ValueError(f"{what}: {item!r}")
-        values += [value] * count
-    if len(values) != length:
-        raise ValueError(f"{what} has {len(values)} entries for {length} modules")
-    return values
 
 
 def _codec(name: Any) -> str:

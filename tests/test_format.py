@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorazip
-from lorazip import cli, codecs, edit, export, trellis
-from lorazip import manifest as manifests
+from lorazip import cli, codecs, edit, export, numbers, trellis
 from lorazip.bundle import Bundle
 from lorazip.errors import BundleError
 
@@ -135,7 +134,7 @@ def test_forms_are_texts_where_that_is_much_shorter() -> None:
     assert not any(texts.values())  # so short that lists are left readable
     assert reader.runs("DAB", 3) == [2, -1, 0] and reader.runs("BAAAAB", 3) == [63, -1, 0]
     for values in ([2, -1, 0], [63, -1, 0], [-1, 61, 62] * 9, [4094, *range(400)], [*range(4095), 4095]):
-        packed = manifests._shorter(values)
+        packed = numbers.shorter(values)
         assert reader.runs(packed, len(values)) == values
         assert isinstance(packed, str) == (len(values) in (27, 401))
 
