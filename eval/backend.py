@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model: score given answers, or write answers; adapters are named call by call."""
+"""What is asked of a model: score given answers, or write answers; adapters are named call by call."""
 
 from __future__ import annotations
 
@@ -62,6 +62,17 @@ class Forced:
 
 
 @dataclass(frozen=True)
+class Ranked(Forced):
+    """Name the most likely tokens at each place of a forced answer: what one model can teach another.
+
+    Attributes:
+        k: how many, 1 to the size of the vocabulary.
+    """
+
+    k: int
+
+
+@dataclass(frozen=True)
 class Greedy:
     """Write an answer, always taking the most likely token.
 
@@ -76,7 +87,31 @@ class Greedy:
     stop: tuple[str, ...] = ()
 
 
-Call = Forced | Greedy
+@dataclass(frozen=True)
+class Sampled:
+    """Write an answer, each token drawn from the model's distribution.
+
+    The text follows from the call alone, up to rounding: what else is asked with it is of no account. Calls of one
+    seed share their chance, also on different prompts; so each gets its own.
+
+    Attributes:
+        limit: as in `Greedy`.
+        seed: 0 to 2**32 - 1.
+        temperature: above 0; logits are divided by it. vLLM takes 0.01 for less.
+        top_p: above 0 to 1; only the fewest most likely tokens of this probability together are drawn from.
+        stop: as in `Greedy`.
+    """
+
+    adapter: str | None
+    prompt: tuple[int, ...]
+    limit: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+Call = Forced | Greedy | Sampled  # Forced includes Ranked
 
 
 @dataclass(frozen=True)
@@ -99,7 +134,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Written:
-    """A greedy answer.
+    """An answer that the model wrote.
 
     Attributes:
         text: without special tokens, cut at the first stop.
@@ -110,7 +145,20 @@ class Written:
     tokens: tuple[int, ...]
 
 
-Answer = Scores | Written
+@dataclass(frozen=True)
+class Tops:
+    """At each place of a forced answer, the most likely tokens, best first.
+
+    Attributes:
+        tokens: for each token of the answer, `k` that could stand there.
+        logprobs: natural logarithms of their probabilities, in the same form.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+Answer = Scores | Written | Tops
 
 
 class Backend(Protocol):

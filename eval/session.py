@@ -15,7 +15,7 @@ from lorazip.devices import find_device
 from lorazip.errors import CheckError, UsageError
 from lorazip.eval import canary, vllm_backend
 from lorazip.eval import transformers_backend as hf
-from lorazip.eval.backend import Acting, Answer, Backend, Call, Forced, Scores, Written
+from lorazip.eval.backend import Acting, Answer, Backend, Call, Forced, Scores, Tops, Written
 from lorazip.eval.cache import Cache, key
 from lorazip.eval.results import Canary
 
@@ -248,10 +248,14 @@ class Session:
 
 
 def _answer(value: Any) -> Answer:
-    parts = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
-    kind: Any = Written if "text" in parts else Scores
+    parts = {name: _tuples(part) for name, part in value.items()}
+    kind: Any = Written if "text" in parts else Scores if "gaps" in parts else Tops
     made: Answer = kind(**parts)
     return made
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _tokens(call: Call, answer: Answer) -> int:

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from lorazip.errors import Defect, InputError
-from lorazip.eval.backend import Acting, Answer, Call, Forced, Greedy, Scores, Written, require_plain
+from lorazip.eval.backend import (
+    Acting,
+    Answer,
+    Call,
+    Forced,
+    Greedy,
+    Ranked,
+    Sampled,
+    Scores,
+    Tops,
+    Written,
+    require_plain,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,8 +79,8 @@ class TransformersBackend:
             with self._acting(adapter or None):
                 for batch in self._batches(calls, members):
                     forced = [call for i in batch if isinstance(call := calls[i], Forced)]
-                    greedy = [call for i in batch if isinstance(call := calls[i], Greedy)]
-                    answers = self._forced(forced) if forced else self._greedy(greedy)
+                    written = [call for i in batch if not isinstance(call := calls[i], Forced)]
+                    answers: Iterator[Answer] = self._forced(forced) if forced else self._written(written)
                     yield from zip(batch, answers, strict=True)
 
     def close(self) -> None:
@@ -119,7 +131,7 @@ class TransformersBackend:
             start += rows
 
     @torch.inference_mode()
-    def _forced(self, calls: Sequence[Forced]) -> Iterator[Scores]:
+    def _forced(self, calls: Sequence[Forced]) -> Iterator[Scores | Tops]:
         """One forward pass; padded on the left, so that the answers end together and only their logits are made."""
         keep = max(len(call.answer) for call in calls) + 1
         ids, mask = self._padded([(*call.prompt, *call.answer) for call in calls])
@@ -130,10 +142,11 @@ class TransformersBackend:
         targets = ids[:, 1 - keep :]
         for row, target, call in zip(logits, targets, calls, strict=True):
             n = len(call.answer)
-            yield scores(row[-n:], target[-n:])
+            yield tops(row[-n:], call.k) if isinstance(call, Ranked) else scores(row[-n:], target[-n:])
 
     @torch.inference_mode()
-    def _greedy(self, calls: Sequence[Greedy]) -> Iterator[Written]:
+    def _written(self, calls: Sequence[Greedy | Sampled]) -> Iterator[Written]:
+        """All greedy or all drawn, with the same options but for the seed."""
         ids, mask = self._padded([call.prompt for call in calls])
         limit, stop = calls[0].limit, calls[0].stop
 
@@ -146,7 +159,8 @@ class TransformersBackend:
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=limit,
-            do_sample=False,
+            do_sample=False,  # also for draws: generate's own come from one stream for all rows
+            logits_processor=_chance([call for call in calls if isinstance(call, Sampled)]),
             pad_token_id=self._pad,
             eos_token_id=sorted(self._ends),
             stopping_criteria=[stopped] if stop else [],
@@ -285,6 +299,40 @@ def scores(logits: Tensor, targets: Tensor) -> Scores:
     return Scores(tuple(chosen.tolist()), tuple((chosen - other).tolist()))
 
 
+def tops(logits: Tensor, k: int) -> Tops:
+    """The k most likely tokens and their log-probabilities.
+
+    Args:
+        logits: (n, vocabulary).
+        k: at most the vocabulary.
+    """
+    best = logits.float().log_softmax(-1).topk(k, dim=-1)
+    return Tops(tuple(map(tuple, best.indices.tolist())), tuple(map(tuple, best.values.tolist())))
+
+
+def _chance(calls: Sequence[Sampled]) -> list[Any]:
+    """What makes generate's most likely token a draw; nothing where no call asks for one.
+
+    With g independent Gumbel noise, argmax(log p + g) is a draw from p. Each row has a stream of its own, made on the
+    CPU: the rows beside it and the device change nothing.
+    """
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    if not calls:
+        return []
+    streams = [torch.Generator().manual_seed(call.seed) for call in calls]
+
+    def perturbed(_: Tensor, logits: Tensor) -> Tensor:
+        """(rows, vocabulary). Uniform float64: near 1, where the noise is large, float32 is too coarse."""
+        rows = [torch.rand(logits.shape[1], generator=g, dtype=torch.float64) for g in streams]
+        noise = -(-torch.stack(rows).log()).log()
+        return logits + noise.to(logits.device, logits.dtype)
+
+    first = calls[0]
+    nucleus = [TopPLogitsWarper(first.top_p)] if first.top_p < 1 else []
+    return [TemperatureLogitsWarper(float(first.temperature)), *nucleus, perturbed]
+
+
 def cut(text: str, stops: Sequence[str]) -> str:
     """The text before the first of these stops."""
     ends = [text.find(stop) for stop in stops if stop in text]
@@ -301,6 +349,9 @@ def _rank(call: Call) -> tuple[str, str, Any, int]:
     """Sort key: adapter, kind, what a batch must share, falling length."""
     if isinstance(call, Forced):
         return call.adapter or "", "forced", (), -len(call.prompt) - len(call.answer)
+    if isinstance(call, Sampled):
+        options = (call.limit, call.stop, call.temperature, call.top_p)
+        return call.adapter or "", "sampled", options, -len(call.prompt)
     return call.adapter or "", "greedy", (call.limit, call.stop), -len(call.prompt)
 
 

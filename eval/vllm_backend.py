@@ -8,6 +8,7 @@ vLLM 0.32 that shape it:
 * Without lora_target_modules it also prepares the output layer for LoRA, which costs memory, and whose prompt
   log-probabilities fail on the CPU.
 * LoRARequests are equal by name: names and numbers must both be unique.
+* On a CPU it cannot draw with a seed after a part of a prompt: it turns the generator back, which only CUDA's allow.
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from lorazip import peft_format
 from lorazip.errors import Defect, InputError, UsageError
-from lorazip.eval.backend import Acting, Answer, Call, Forced, Greedy, Scores, Written, require_plain
+from lorazip.eval.backend import (
+    Acting,
+    Answer,
+    Call,
+    Forced,
+    Ranked,
+    Sampled,
+    Scores,
+    Tops,
+    Written,
+    require_plain,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +103,7 @@ class VllmBackend:
                 tensor_parallel_size=tensor_parallel,
                 seed=0,
                 trust_remote_code=False,
-                max_logprobs=2,
+                max_logprobs=-1,  # no bound of its own: `Ranked` says how many
                 use_tqdm_on_load=False,
                 **({"max_num_seqs": seats} if seats else {}),
                 **lora_arguments(actings),
@@ -127,23 +139,29 @@ class VllmBackend:
         )
         for i, answer in zip(members, answered, strict=True):
             call = calls[i]
-            if isinstance(call, Greedy):
+            if not isinstance(call, Forced):
                 yield i, Written(answer.outputs[0].text, tuple(answer.outputs[0].token_ids))
+            elif isinstance(call, Ranked):
+                yield i, _tops(answer.prompt_logprobs[len(call.prompt) :], call.k)
             else:
                 yield i, _scores(answer.prompt_logprobs[len(call.prompt) :], call.answer)
 
     def _parameters(self, call: Call) -> Any:
         from vllm import SamplingParams
 
-        if isinstance(call, Greedy):
+        if not isinstance(call, Forced):
+            how: dict[str, Any] = {"temperature": 0}
+            if isinstance(call, Sampled):
+                how = {"temperature": call.temperature, "top_p": call.top_p, "seed": call.seed}
             # The end tokens of generation_config.json end an answer in vLLM anyway; this is the tokenizer's.
             ends = [int(self._tokenizer.eos_token_id)]
-            return SamplingParams(
-                max_tokens=call.limit, temperature=0, stop=list(call.stop), stop_token_ids=ends
-            )
-        # One token must be written, and is not looked at. The two most likely ones and the right one come back for
-        # each token of the prompt.
-        return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=2, detokenize=False)
+            return SamplingParams(max_tokens=call.limit, stop=list(call.stop), stop_token_ids=ends, **how)
+        # One token must be written, and is not looked at. The most likely ones and the right one come back for each
+        # token of the prompt, flat: not an object each.
+        best = call.k if isinstance(call, Ranked) else 2
+        return SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=best, flat_logprobs=True, detokenize=False
+        )
 
 
 def lora_arguments(actings: Sequence[Acting]) -> dict[str, Any]:
@@ -184,10 +202,10 @@ def _named_rank(acting: Acting) -> int:
 
 
 def device_arguments() -> dict[str, Any]:
-    """The only difference between devices: a CPU has no graphs to capture."""
+    """The only difference between devices: a CPU has no graphs to capture, and takes each prompt whole."""
     import torch
 
-    return {} if torch.cuda.is_available() else {"enforce_eager": True}
+    return {} if torch.cuda.is_available() else {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def _import() -> Any:
@@ -234,3 +252,13 @@ def _scores(entries: Sequence[Any], answer: Sequence[int]) -> Scores:
         logprobs.append(float(entry[token].logprob))
         gaps.append(logprobs[-1] - max(float(other.logprob) for t, other in entry.items() if t != token))
     return Scores(tuple(logprobs), tuple(gaps))
+
+
+def _tops(entries: Sequence[Any], k: int) -> Tops:
+    """Without the right token where it is not one of the best: it comes back all the same."""
+    tokens, logprobs = [], []
+    for entry in entries:
+        best = sorted(entry, key=lambda token: -entry[token].logprob)[:k]
+        tokens.append(tuple(best))
+        logprobs.append(tuple(float(entry[token].logprob) for token in best))
+    return Tops(tuple(tokens), tuple(logprobs))
