@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from frontier_measure import Row, Store, Subset
 from frontier_methods import TITLES
 
-TODO, ABSENT = "…", "–"
+PENDING, ABSENT = "…", "–"
 
 
 @dataclass(frozen=True)
@@ -74,5 +74,5 @@ def named(label: str, subset: Subset) -> str:
 def figure(row: Row | None, name: str) -> str:
     """One figure of a cell."""
     if row is None:
-        return TODO
+        return PENDING
     return f"{row['figures'][name]:.4f}" if row["figures"] else ABSENT

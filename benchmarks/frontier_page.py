@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import frontier_draw
-from frontier_found import ABSENT, TODO, Found, figure, named, table
+from frontier_found import ABSENT, PENDING, Found, figure, named, table
 from frontier_measure import Row, Store, Subset
 from frontier_methods import TITLES, described
 
@@ -61,7 +61,7 @@ def head(found: Found, scores: Mapping[str, Row]) -> str:
 
 {period}; {"; ".join(machines)}. {"" if gpu else "Nothing here was measured on a GPU. "}*Ratio* is bytes of the
 originals' files over every byte of the bundle, manifest and headers too; *error* is the mean over adapters of
-‖D̂ − D‖² / ‖D‖² of what is stored. {TODO} is not measured yet, {ABSENT} cannot be so small."""
+‖D̂ − D‖² / ‖D‖² of what is stored. {PENDING} is not measured yet, {ABSENT} cannot be so small."""
 
 
 def against(found: Found) -> str:
@@ -74,18 +74,20 @@ def against(found: Found) -> str:
             there = {m: row["figures"] for m, row in others.items() if row["figures"]}
             best = min(there, key=lambda m: float(there[m]["mean_error"])) if there else None
             whole = len(others) == len(TITLES) - 1
-            quotient = TODO
+            quotient = PENDING
             if ours and ours["figures"] and best:
                 value = ours["figures"]["mean_error"] / there[best]["mean_error"]
                 if ours["figures"]["bundle_bytes"] > subset.original_bytes / ratio:
                     value = float("inf")  # it had more bytes than it was given
-                quotient = f"{value:.3f}{'' if whole else ' ' + TODO}"
+                quotient = f"{value:.3f}{'' if whole else ' ' + PENDING}"
                 quotients += [value] if whole else []
             lines.append(
                 [named(label, subset), f"{ratio:g}", figure(ours, "mean_error"), figure(ours, "max_error")]
-                + ([f"{TITLES[best]}: {described(there[best]['setting'])}"] if best else [TODO])
-                + ([f"{there[best]['ratio']:.1f}"] if best else [TODO])  # steps of ranks and bits are coarse
-                + [figure(others[best], name) if best else TODO for name in ("mean_error", "max_error")]
+                + ([f"{TITLES[best]}: {described(there[best]['setting'])}"] if best else [PENDING])
+                + (
+                    [f"{there[best]['ratio']:.1f}"] if best else [PENDING]
+                )  # steps of ranks and bits are coarse
+                + [figure(others[best], name) if best else PENDING for name in ("mean_error", "max_error")]
                 + [quotient]
             )
     held = sum(value <= WITHIN for value in quotients)
@@ -177,7 +179,7 @@ def _auto_within(found: Found, digest: str, nbytes: int) -> tuple[str, str]:
     cells = [row["figures"] for key, row in found.cells.items() if key[:2] == (digest, "auto")]
     fitting = [f for f in cells if f and f["bundle_bytes"] <= nbytes]
     best = max(fitting, key=lambda f: int(f["bundle_bytes"]), default=None)
-    return (TODO, TODO) if best is None else (f"{best['ratio']:.2f}", f"{best['mean_error']:.4f}")
+    return (PENDING, PENDING) if best is None else (f"{best['ratio']:.2f}", f"{best['mean_error']:.4f}")
 
 
 def kept(found: Found, scores: Mapping[str, Row]) -> str:

@@ -27,6 +27,7 @@ class Curve:
         original_bytes: (n,) of the original factors.
         outside: for the left and the right side, what of each singular vector's unit energy lies outside of the first
             SIZES[s] shared directions: (n, r_max, sizes) float32; fewer sizes where the module has fewer directions.
+        weight: how much the module's residual counts; sigma is of sqrt(weight) D.
     """
 
     having: tuple[int, ...]
@@ -35,15 +36,16 @@ class Curve:
     ranks: tuple[int, ...]
     original_bytes: Tensor
     outside: tuple[Tensor, Tensor]
+    weight: float = 1.0
 
     @property
     def energies(self) -> Tensor:
-        """||D_i||^2 (n,)."""
+        """weight ||D_i||^2 (n,)."""
         return self.sigma.square().sum(1)
 
 
-def curve(module: Module, having: Sequence[int]) -> Curve:
-    """The curve of a module."""
+def curve(module: Module, having: Sequence[int], weight: float = 1.0) -> Curve:
+    """The curve of a module, whose residual counts `weight` times."""
     stack = module.stack
     pair = directions(module)
     outside = []
@@ -57,10 +59,11 @@ def curve(module: Module, having: Sequence[int]) -> Curve:
     return Curve(
         tuple(having),
         shape,
-        module.sigma.cpu(),
+        module.sigma.cpu() * weight**0.5,
         stack.ranks,
         module.original_bytes.cpu().double(),
         (outside[0], outside[1]),
+        weight,
     )
 
 

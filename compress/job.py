@@ -158,9 +158,14 @@ def _encode_all(inputs: Inputs, spec: Spec, folder: Path | None, progress: Progr
 def survey(inputs: Inputs, spec: Spec, progress: Progress) -> list[Curve]:
     """What auto knows of every module before it chooses: the same for every ratio, budget and bound."""
     names = list(inputs.modules)
+    worth: dict[str, float] = {}
+    if spec.calibrate is not None:
+        from lorazip.compress import calibrate  # loads transformers
+
+        worth = calibrate.weights(spec.calibrate, spec.prompts, inputs.modules, spec.torch_device(), progress)
 
     def some(indices: Sequence[int]) -> list[Curve]:
-        return [planning.survey(inputs, spec, names[index]) for index in indices]
+        return [planning.survey(inputs, spec, names[i], worth.get(names[i], 1.0)) for i in indices]
 
     return _each([[index] for index in range(len(names))], spec, some, "choosing", progress)
 

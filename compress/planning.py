@@ -48,11 +48,11 @@ class Choice:
         return auto.plans(self.table, self.curves, self.chosen)
 
 
-def survey(inputs: Inputs, spec: Spec, name: str) -> Curve:
-    """The curve of one module."""
+def survey(inputs: Inputs, spec: Spec, name: str, weight: float = 1.0) -> Curve:
+    """The curve of one module; see `curves.curve`."""
     having = [i for i, adapter in enumerate(inputs.adapters) if name in adapter.modules]
     module, _ = encode.prepare(name, [inputs.adapters[i].low_rank(name) for i in having], spec)
-    return curves.curve(module, having)
+    return curves.curve(module, having, weight)
 
 
 def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
@@ -104,8 +104,9 @@ def foreseen(inputs: Inputs, spec: Spec, choice: Choice) -> list[Shard]:
     residuals = choice.table.residuals.gather(2, choice.chosen[..., None])[..., 0]
     for m, (name, plan, curve) in enumerate(zip(inputs.modules, choice.plans, choice.curves, strict=True)):
         shares = curve.sigma.square() / curve.energies.clamp_min(1e-300)[:, None]
-        own = residuals[list(curve.having), m]
-        found.append(_described(inputs, spec, name, plan, own, curve.energies, shares.mean(0)))
+        own = residuals[list(curve.having), m] / curve.weight
+        energies = curve.energies / curve.weight
+        found.append(_described(inputs, spec, name, plan, own, energies, shares.mean(0)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,7 +16,8 @@ from lorazip.errors import UsageError
 
 Weights = Literal["unit", "strength", "trained"]
 JOINING_BITS = 4  # of adapters that join a bundle of auto
-LATER = ("bits", "core_bits", "basis_bits", "group", "ratio", "budget")  # options that came after version 0.1
+# Options that came after version 0.1.
+LATER = ("bits", "core_bits", "basis_bits", "group", "ratio", "budget", "calibrate", "prompts")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Spec:
         device: "auto", "cpu" or "cuda" (or "cuda:1").
         ratio: auto: bytes of the originals over those of the bundle, at least.
         budget: auto: bytes of the bundle, at most.
+        calibrate: auto: the base model, to weigh modules by what their errors cost it; with ratio or budget.
+        prompts: calibrate: a file of texts to do so on; None for the built-in ones.
     """
 
     method: str = "auto"
@@ -54,6 +58,8 @@ class Spec:
     group: int | None = None
     ratio: float | None = None
     budget: int | None = None
+    calibrate: str | None = None
+    prompts: str | None = None
 
     def __post_init__(self) -> None:
         counts = (
@@ -113,7 +119,13 @@ class Spec:
         if self.method != "auto":
             if (self.ratio, self.budget) != (None, None):
                 raise UsageError("ratio and budget are for --method auto")
+            if (self.calibrate, self.prompts) != (None, None):
+                raise UsageError("calibrate and prompts are for --method auto")
             return
+        if self.calibrate is not None and (self.ratio, self.budget) == (None, None):
+            raise UsageError("calibrate spends given bytes where they count: give --ratio or --budget")
+        if self.prompts is not None and self.calibrate is None:
+            raise UsageError("prompts are for --calibrate")
         if sum(aim is not None for aim in aims.values()) > 1:
             raise UsageError("auto takes one of --max-error, --ratio and --budget")
         for name in ("rank", "energy", "clusters", "bits", "core_bits", "basis_bits"):
@@ -167,4 +179,7 @@ class Spec:
         What came later is left out where it is not used: an older lorazip can then add to such bundles.
         """
         used = {k: v for k, v in asdict(self).items() if v is not None or k not in LATER}
+        for key in ("calibrate", "prompts"):  # a path of this machine tells nobody anything
+            if isinstance(value := used.get(key), str) and Path(value).exists():
+                used[key] = Path(value).resolve().name
         return {key: value for key, value in used.items() if key != "device"}

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorazip import Spec
+from lorazip.compress import job
 from lorazip.sources import open_adapters
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -94,3 +96,26 @@ def test_a_peers_error_is_that_of_the_dense_matrices(tmp_path: Path) -> None:
             expected_energy += float(dense.square().sum())
     assert residual == pytest.approx(expected_residual, rel=1e-9)
     assert energy == pytest.approx(expected_energy, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("svd", rank=2),
+        Spec("svd", rank=3, bits=2.5),
+        Spec("svd", rank=4, bits=1.25),
+        Spec("jd-full", rank=6, clusters=1),
+        Spec("jd-full", rank=5, clusters=2, bits=3),
+        Spec("jd-full", rank=5, clusters=1, basis_bits=2.5, core_bits=3),
+        Spec("jd-diag", rank=7, clusters=1),
+        Spec("eigenlora", rank=5, clusters=1),
+    ],
+)
+def test_a_bundles_bytes_are_foreseen(spec: Spec, tmp_path: Path) -> None:
+    """The frontier looks for the largest setting within a budget by these bytes; a dry run makes the real ones."""
+    methods = script("frontier_methods")
+    generate.generate(tmp_path / "zoo", 5, replace(RECIPE, noise=1.0))
+    inputs = open_adapters([str(tmp_path / "zoo")])
+    made = job.run([tmp_path / "zoo"], spec, None)
+    # Digits of errors differ, and what clusters lay where: some bytes of the manifest.
+    assert methods.Sizes(inputs).of_bundle(spec) == pytest.approx(made.bundle_bytes, abs=40 * 5)

@@ -49,6 +49,9 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 )
 @click.option("--ratio", type=float, help="auto: how many times smaller the bundle is to be, at least.")
 @click.option("--budget", type=int, help="auto: bytes of the bundle, at most.")
+@click.option("--calibrate", metavar="MODEL",
+              help="auto: the base model (a directory or a Hub id): spend bytes where errors cost most.")  # fmt: skip
+@click.option("--prompts", metavar="FILE", help="--calibrate: texts to measure that on. Default: built-in.")
 @click.option("--sweep", "sweeping", is_flag=True,
               help="auto: make no bundle to keep, but find what each of --ratios costs in error.")  # fmt: skip
 @click.option("--ratios", metavar="LIST", help="--sweep: these ratios. Default: 4,8,16,32,64.")
@@ -83,6 +86,8 @@ def compress(
     group: int | None,
     ratio: float | None,
     budget: int | None,
+    calibrate: str | None,
+    prompts: str | None,
     sweeping: bool,
     ratios: str | None,
     model: str | None,
@@ -122,6 +127,7 @@ def compress(
     spec = Spec(
         method, rank, energy, max_error, clusters, weights, dtype, device,  # type: ignore[arg-type]
         bits, None if core_bits is None else int(core_bits), basis_bits, group, ratio, budget,
+        calibrate, prompts,
     )  # fmt: skip
     if sweeping:
         if resume or page is not None:
