@@ -80,6 +80,12 @@ class CheckError(LorazipError):
     exit_code = 1
 
 
+class TransferError(LorazipError):
+    """A transfer cannot go on, or its result is worse than the model without it and is refused."""
+
+    exit_code = 1
+
+
 class ServeError(LorazipError):
     """The process of an arm of `bench serve` failed; the arms that finished are in the results."""
 

@@ -22,7 +22,7 @@ from lorazip.cli import group, main, render
 if TYPE_CHECKING:
     from tests.conftest import MakeAdapter
 
-COMMANDS = ("inspect", "compress", "info", "verify", "export", "add", "remove", "eval", "bench")
+COMMANDS = ("inspect", "compress", "info", "verify", "export", "add", "remove", "eval", "bench", "transfer")
 REQUIRED = {
     "adapters", "modules", "original_bytes", "bundle_bytes", "ratio", "mean_error", "max_error", "fallbacks", "seconds",
     "peak_memory_bytes",

@@ -32,7 +32,7 @@ PAGES += sorted(ROOT.glob("docs/*.md"))
 # Not run here: make (CI runs `make test`; the script behind `make demo` is run below) and pip (test_packaging.py
 # builds the wheel and uses it).
 ELSEWHERE = re.compile(r"(make|python -m pip) ")
-MODELS = ("eval", "bench")  # they load a model, so they run in processes of their own
+MODELS = ("eval", "bench", "transfer")  # they load a model, so they run in processes of their own
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -19,6 +19,7 @@ from lorazip.cli.export import export
 from lorazip.cli.info import info
 from lorazip.cli.inspect import inspect
 from lorazip.cli.remove import remove
+from lorazip.cli.transfer import transfer
 from lorazip.cli.verify import verify
 from lorazip.errors import LorazipError, printable
 
@@ -32,7 +33,7 @@ def group() -> None:
     """Compress many LoRA adapters of one base model into one verified bundle, evaluate it, get them back."""
 
 
-for command in (inspect, compress, info, verify, export, add, remove, evaluate, bench):
+for command in (inspect, compress, info, verify, export, add, remove, evaluate, bench, transfer):
     group.add_command(command)
 
 

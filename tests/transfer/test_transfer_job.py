@@ -1,0 +1,342 @@
+"""The whole job on two tiny bases: what comes out, what is kept, killed, refused, isolated, purged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import lorazip
+from lorazip.cli import main
+from lorazip.errors import InputError, TargetError, TransferError, UsageError
+from lorazip.eval import session
+from lorazip.transfer import assess, job, teach
+from lorazip.transfer.move import STAGES, Move
+
+SEEDS = ("kzwqma", "plovec", "trinqa", "zubbel", "mocarf", "dinfet")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "inputs": {"count": 72, "shots": 3, "definition": "spell"},
+    "filter": {"kind": "none"},
+    "label": {"new_tokens": 24},
+    "train": {"epochs": 2, "learning_rates": [1e-2], "batch": 2, "held_out": 0.2},
+    "gate": {"shots": 2},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Two bases, an adapter of the first, seeds, and a labelled task of the adapter."""
+
+    source: Path
+    target: Path
+    adapter: Path
+    seeds: Path
+    tests: Path
+
+    def tables(self, **more: dict[str, Any]) -> dict[str, Any]:
+        tables: dict[str, Any] = {
+            "source": {"base": str(self.source), "adapter": str(self.adapter), "template": tiny.TEMPLATE},
+            "target": {"base": str(self.target)},
+            "inputs": {"seeds": str(self.seeds)},
+        }
+        for name, table in [*SETTINGS.items(), *more.items()]:
+            tables[name] = tables.get(name, {}) | table
+        return tables
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("transfer")
+    source, target = tiny.make_base(root / "source"), tiny.make_base(root / "target", seed=7)
+    adapter = tiny.make_adapters(root / "zoo", ["ant"])[0]
+    tests = tiny.make_tasks(root / "tasks", source, [adapter], n=16)
+    seeds = root / "seeds.txt"
+    seeds.write_text("".join(f"{seed}\n" for seed in SEEDS))
+    return Place(source, target, adapter, seeds, tests / "ant.jsonl")
+
+
+def run(
+    place: Place, output: Path, *, tables: dict[str, Any] | None = None, **options: Any
+) -> list[job.Moved]:
+    engine = session.engine("hf", "float32", "cpu")
+    options = {"accept_worse": True} | options
+    return job.run(tables or place.tables(), output, engine=engine, **options)
+
+
+class Stopped(BaseException):
+    """A kill: nothing may catch it."""
+
+
+def stopping(when: Callable[[str, int], bool]) -> Callable[..., None]:
+    def progress(what: str, done: int, total: int, note: str = "") -> None:
+        if when(what, done):
+            raise Stopped
+
+    return progress
+
+
+def texts(folder: Path) -> str:
+    """All bytes of all files below, as text."""
+    return "\n".join(p.read_bytes().decode("latin1") for p in sorted(folder.rglob("*")) if p.is_file())
+
+
+def test_result_is_a_peft_directory_that_acts(place: Place, tmp_path: Path) -> None:
+    (moved,) = run(
+        place, tmp_path / "moved", tables=place.tables(gate={"tests": str(place.tests), "shots": 2})
+    )
+    assert moved.output == tmp_path / "moved" and moved.error is None and moved.judged is not None
+    assert set(moved.stages) == set(STAGES) - {"synthesise", "gate"}
+    assert {p.name for p in moved.output.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "transfer.json",
+        "transfer.html",
+    }
+    adapter = lorazip.open_adapters([str(moved.output)]).adapters[0]
+    original = lorazip.open_adapters([f"x={place.adapter}"], base="any").adapters[0]
+    assert {m.rpartition(".")[2] for m in adapter.modules} == {m.rpartition(".")[2] for m in original.modules}
+    assert adapter.config["base_model_name_or_path"] == "target"
+    # PEFT's own reading of it gives the losses that the gate was judged by.
+    model = tiny.peft(place.target, moved.output)
+    rows = [json.loads(line) for line in place.tests.read_text().splitlines()]
+    losses = []
+    for row in (row for row in rows if row["split"] == "test"):
+        answer = (*tiny.encode(row["output"]), tiny.END)
+        found = tiny.logprobs(model, tiny.encode(f"{row['input']}="), answer)
+        losses.append(-float(found.gather(1, torch.tensor(answer)[:, None]).mean()))
+    assert moved.judged.arms["transferred"]["loss"].estimate == pytest.approx(
+        sum(losses) / len(losses), abs=1e-4
+    )
+    # It joins a bundle as any other adapter does.
+    lorazip.compress([moved.output], lorazip.Spec("svd", rank=2), tmp_path / "team.lorazip")
+    assert lorazip.Bundle.open(tmp_path / "team.lorazip").verify() == []
+
+
+def test_repeated_run_asks_and_trains_nothing(place: Place, tmp_path: Path) -> None:
+    run(place, tmp_path / "one", work=tmp_path / "work")
+    (again,) = run(
+        place,
+        tmp_path / "two",
+        work=tmp_path / "work",
+        progress=stopping(lambda what, done: "reading" not in what),
+    )
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+    assert again.output == tmp_path / "two"
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["writing inputs", "the expert answers", "weighing answers", "training", "evaluating"],
+)
+def test_killed_anywhere_it_goes_on_to_the_same(place: Place, tmp_path: Path, what: str) -> None:
+    tables = place.tables(filter={"kind": "excess"}, train=SETTINGS["train"] | {"epochs": 3})
+    (whole,) = run(place, tmp_path / "whole", tables=tables)
+    with pytest.raises(Stopped):
+        run(
+            place,
+            tmp_path / "moved",
+            tables=tables,
+            progress=stopping(lambda w, done: what in w and done >= 2),
+        )
+    assert not (tmp_path / "moved").exists()
+    (moved,) = run(place, tmp_path / "moved", tables=tables)
+    ours, theirs = ((tmp_path / n / "transfer.json").read_text() for n in ("moved", "whole"))
+    gates = [json.loads(text)["gate"]["arms"]["transferred"] for text in (ours, theirs)]
+    assert gates[0]["score"] == gates[1]["score"]
+    assert gates[0]["loss"]["estimate"] == pytest.approx(gates[1]["loss"]["estimate"], abs=1e-5)
+    assert moved.stages["filter"] == whole.stages["filter"]
+
+
+def test_changed_option_redoes_only_what_depends_on_it(place: Place, tmp_path: Path) -> None:
+    run(place, tmp_path / "one", work=tmp_path / "work")
+    seen: set[str] = set()
+    tables = place.tables(train=SETTINGS["train"] | {"rank": 2})
+    run(
+        place,
+        tmp_path / "two",
+        tables=tables,
+        work=tmp_path / "work",
+        progress=lambda what, done, total, note="": seen.add(what),
+    )
+    assert any("training" in what for what in seen) and not seen & {"writing inputs", "the expert answers"}
+
+
+def test_no_text_leaves_the_folder_and_purge_empties_it(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = place.tables(gate={"tests": str(place.tests), "shots": 2})
+    run(place, tmp_path / "moved", tables=tables, until="label")
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "moved.work/transfer/labelled.jsonl").read_text().splitlines()
+    ]
+    private = [*SEEDS, *(row["input"] for row in rows if len(row["input"]) > 5)]
+    private += [row["output"] for row in rows if len(row["output"]) > 5]
+    assert len(private) > 12
+    run(place, tmp_path / "moved", tables=tables, purge=True)
+    assert not (tmp_path / "moved.work").exists()
+    said = texts(tmp_path / "moved") + "".join(capsys.readouterr())
+    assert [text for text in private if text in said] == []
+
+
+def test_worse_than_the_bare_base_is_refused(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measured losses of the transfer, nine nats higher: what an adapter that harms would have."""
+    tables = place.tables(gate={"tests": str(place.tests), "shots": 0})
+    measured = assess.read
+
+    def worse(move: Move) -> list[assess.Scored]:
+        return [
+            replace(one, losses=tuple(x + 9 for x in one.losses)) if one.arm == assess.MOVED else one
+            for one in measured(move)
+        ]
+
+    run(place, tmp_path / "first", tables=tables, work=tmp_path / "work")
+    monkeypatch.setattr(assess, "read", worse)
+    options: dict[str, Any] = {"tables": tables, "work": tmp_path / "work"}
+    with pytest.raises(TransferError, match="refused: its token loss is above") as refused:
+        run(place, tmp_path / "moved", accept_worse=False, **options)
+    assert refused.value.exit_code == 1 and not (tmp_path / "moved").exists()
+    (moved,) = run(place, tmp_path / "moved", accept_worse=True, **options)
+    assert moved.output is not None and "refused" in (moved.output / "transfer.html").read_text()
+
+
+def test_generator_that_repeats_itself_ends_with_counts(place: Place, tmp_path: Path) -> None:
+    tables = place.tables(inputs=SETTINGS["inputs"] | {"rounds": 2, "count": 40, "shots": 1, "top_p": 1e-6})
+    with pytest.raises(TransferError) as failed:
+        run(place, tmp_path / "moved", tables=tables)
+    said = str(failed.value)
+    assert re.search(
+        r"only [0-9]+ of 40 inputs came of [0-9]+ that were written in 2 rounds \(.*(repeated|too long)", said
+    )
+    assert "inputs.temperature" in said and not any(seed in said for seed in SEEDS)
+    assert (tmp_path / "moved.work" / "eval.sqlite3").exists()  # what was written is not lost
+
+
+def test_answers_that_never_end_say_so(place: Place, tmp_path: Path) -> None:
+    tables = place.tables(label={"new_tokens": 1})
+    with pytest.raises(TransferError, match=r"did not end within label.new_tokens = 1"):
+        run(place, tmp_path / "moved", tables=tables)
+
+
+def test_adapter_of_another_base_is_refused_before_anything_is_written(place: Place, tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    config = json.loads((place.adapter / "adapter_config.json").read_text())
+    from safetensors.torch import load_file, save_file
+
+    factors = load_file(place.adapter / "adapter_model.safetensors")
+    stranger.mkdir()
+    (stranger / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {k: torch.cat([v, v], 1) if ".lora_A" in k else v for k, v in factors.items()},
+        stranger / "adapter_model.safetensors",
+    )
+    tables = place.tables()
+    tables["source"]["adapter"] = str(stranger)
+    with pytest.raises(InputError, match=r"stranger: model\.layers\.0"):
+        run(place, tmp_path / "moved", tables=tables)
+    assert not (tmp_path / "moved").exists()
+
+
+def test_many_adapters_one_of_them_bad(place: Place, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    rows = [
+        {"adapter": str(place.adapter), "name": "first", "seeds": str(place.seeds)},
+        {"adapter": str(tmp_path / "nothing"), "name": "missing", "seeds": str(place.seeds)},
+        {"adapter": str(place.adapter), "name": "unseeded", "seeds": str(tmp_path / "none.txt")},
+        {"adapter": str(place.adapter), "name": "second", "seeds": str(place.seeds)},
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = place.tables()
+    del tables["source"]["adapter"], tables["inputs"]["seeds"]
+    found = {one.name: one for one in run(place, tmp_path / "out", tables=tables, table=table)}
+    assert {name for name, one in found.items() if one.error is None} == {"first", "second"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "second"}
+    assert "nothing" in str(found["missing"].error) and "none.txt" in str(found["unseeded"].error)
+
+
+def test_adapter_out_of_a_bundle(place: Place, tmp_path: Path) -> None:
+    lorazip.compress([place.adapter], lorazip.Spec("svd", energy=1.0, dtype="float32"), tmp_path / "team")
+    tables = place.tables()
+    tables["source"]["adapter"] = str(tmp_path / "team")
+    (moved,) = run(place, tmp_path / "moved", tables=tables, until="label")
+    assert moved.stages["label"]["answers"]["kept"] >= teach.LEAST
+
+
+def test_logits_need_equal_tokenizers_and_train(place: Place, tmp_path: Path) -> None:
+    tables = place.tables(train=SETTINGS["train"] | {"loss": "logits"}, label={"new_tokens": 24, "top_k": 4})
+    (moved,) = run(place, tmp_path / "moved", tables=tables)
+    losses = moved.stages["train"]["losses"]
+    assert losses[moved.stages["train"]["best"]] < losses[0]
+
+
+def test_what_exists_is_never_harmed(place: Place, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(TargetError, match="no result of a transfer"):
+            run(place, mine, force=force)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(UsageError, match="must not lie in --work"):
+        run(place, tmp_path / "w" / "moved", work=tmp_path / "w")
+
+
+def test_two_jobs_in_one_folder_do_not_meet(place: Place, tmp_path: Path) -> None:
+    from lorazip.files import locked
+
+    (tmp_path / "moved.work").mkdir()
+    with locked(tmp_path / "moved.work"), pytest.raises(TargetError, match="another process"):
+        run(place, tmp_path / "moved")
+
+
+def test_command_says_what_it_did(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "move.toml"
+    recipe.write_text(
+        f"""
+[source]
+base = "{place.source}"
+adapter = "{place.adapter}"
+template = "{{input}}="
+[target]
+base = "{os.path.relpath(place.target, tmp_path)}"
+[inputs]
+seeds = "{place.seeds}"
+count = 72
+[filter]
+kind = "none"
+[train]
+epochs = 3
+learning_rates = [1e-2]
+batch = 2
+modules = ["down_proj", "up_proj", "gate_proj", "o_proj"]
+"""
+    )
+    with pytest.raises(SystemExit) as done:
+        main(["transfer", "validate", str(recipe)])
+    assert done.value.code == 0 and "valid, 1 transfer" in capsys.readouterr().out
+    arguments = ["--recipe", str(recipe), "-o", str(tmp_path / "moved"), "--backend", "hf"]
+    for stage in STAGES[:-1]:
+        with pytest.raises(SystemExit) as done:
+            main(["transfer", stage, *arguments])
+        said = capsys.readouterr()
+        assert done.value.code == 0, said.err
+        assert "ant:" in said.out
+    with pytest.raises(SystemExit) as done:
+        main(["transfer", "run", *arguments, "--accept-worse", "--purge"])
+    said = capsys.readouterr()
+    assert done.value.code == 0, said.err
+    for part in ("inputs: 72 kept", "leak check", "answers:", "training:", "agreement %", "written:"):
+        assert part in said.out
+    assert not (tmp_path / "moved.work").exists() and (tmp_path / "moved").is_dir()

@@ -1,0 +1,338 @@
+"""The job of `lorazip transfer`: stage after stage, each for all adapters, up to the one that was asked for.
+
+    probe -> synthesise -> filter -> label -> train -> evaluate -> gate
+
+A stage opens one base once for all adapters. What an adapter's stage came to is in its folder below --work; model
+answers are in a cache beside them. A transfer that fails is left where it is, and the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorazip import names
+from lorazip.bundle import MANIFEST, Bundle
+from lorazip.errors import Defect, InputError, LorazipError, TargetError, TransferError, UsageError, printable
+from lorazip.eval import rows
+from lorazip.eval.backend import HasFactors, digest
+from lorazip.eval.cache import FILE, Cache
+from lorazip.eval.session import Engine, Progress
+from lorazip.files import locked
+from lorazip.sources import open_adapters
+from lorazip.transfer import assess, gather, learn, probe, publish, teach, texts
+from lorazip.transfer import recipe as recipes
+from lorazip.transfer.assess import Judged
+from lorazip.transfer.move import STAGES, Move, alive
+from lorazip.transfer.recipe import Recipe
+from lorazip.transfer.world import World, located
+
+Stage = Literal["probe", "synthesise", "filter", "label", "train", "evaluate", "gate"]
+COLUMNS = {
+    "adapter": ("source", "adapter"),
+    "name": ("source", "name"),
+    "definition": ("inputs", "definition"),
+    "seeds": ("inputs", "seeds"),
+    "prompts": ("inputs", "prompts"),
+    "discriminator": ("filter", "discriminator"),
+    "tests": ("gate", "tests"),
+}  # of a table of many adapters -> table and key of the recipe
+_FILES = ("adapter", "seeds", "prompts", "discriminator", "tests")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What became of one transfer.
+
+    Attributes:
+        output: its directory; None unless it passed the gate, or was accepted all the same.
+        stages: what each stage came to.
+        judged: by the gate; None where it did not come so far.
+        error: why it stopped; None where all went well.
+    """
+
+    name: str
+    output: Path | None
+    stages: dict[str, Any]
+    judged: Judged | None
+    error: LorazipError | None
+
+    def document(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.name,
+            "output": None if self.output is None else str(self.output),
+            "stages": self.stages,
+            "gate": None if self.judged is None else dataclasses.asdict(self.judged),
+            "error": None if self.error is None else str(self.error),
+        }
+
+
+def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "recipe") -> list[Recipe]:
+    """The recipe, or one for every line of a table of adapters.
+
+    Args:
+        tables: TOML tables, see `recipe.parse`.
+        table: JSON lines, with columns of `COLUMNS`; paths in it are relative to it.
+    Raises:
+        UsageError: a recipe is not as it should be; InputError: the table cannot be read.
+    """
+    if table is None:
+        return [recipes.parse(tables, where)]
+    found = []
+    for number, row in rows.lines(table):
+        line = f"{table}: line {number}"
+        unknown = [name for name in row if name not in COLUMNS]
+        if unknown or not all(isinstance(value, str) for value in row.values()):
+            problem = f"{unknown[0]!r} is no column" if unknown else "holds more than texts"
+            raise InputError(
+                [Defect(line, problem=printable(problem), remedy=f"there are {', '.join(COLUMNS)}")]
+            )
+        if "adapter" not in row:
+            raise InputError(
+                [Defect(line, problem="names no adapter", remedy='{"adapter": "…", "seeds": "…"}')]
+            )
+        settings = {name: dict(value) for name, value in tables.items()}
+        for name, value in row.items():
+            if name in _FILES and (table.parent / value).exists():
+                value = str(table.parent / value)
+            section, key = COLUMNS[name]
+            settings.setdefault(section, {})[key] = value
+        found.append(recipes.parse(settings, line))
+    if not found:
+        raise InputError([Defect(str(table), problem="has no line", remedy='{"adapter": "…", "seeds": "…"}')])
+    return found
+
+
+def run(
+    tables: Mapping[str, Any],
+    output: Path,
+    *,
+    engine: Engine,
+    table: Path | None = None,
+    until: Stage = "gate",
+    work: Path | None = None,
+    force: bool = False,
+    accept_worse: bool = False,
+    purge: bool = False,
+    progress: Progress = lambda what, done, total, note="": None,
+) -> list[Moved]:
+    """Move what a recipe says to a new base: the Python face of `lorazip transfer`.
+
+    Args:
+        tables: of the recipe.
+        output: PEFT directory to make; with a table, a directory of them.
+        table: many adapters, see `recipes_of`.
+        until, work, force, accept_worse, purge: see `move`.
+    Returns:
+        What became of each; in a job of one adapter an error is raised instead.
+    """
+    found = move(
+        recipes_of(tables, table),
+        output,
+        engine=engine,
+        many=table is not None,
+        until=until,
+        work=work,
+        force=force,
+        accept_worse=accept_worse,
+        purge=purge,
+        progress=progress,
+    )
+    if table is None and found[0].error is not None:
+        raise found[0].error
+    return found
+
+
+def move(
+    parsed: Sequence[Recipe],
+    output: Path,
+    *,
+    engine: Engine,
+    many: bool,
+    until: Stage = "gate",
+    work: Path | None = None,
+    force: bool = False,
+    accept_worse: bool = False,
+    purge: bool = False,
+    progress: Progress = lambda what, done, total, note="": None,
+) -> list[Moved]:
+    """Move adapters to a new base, all stages of all of them.
+
+    Args:
+        parsed: a recipe for each, of one source base and one target base.
+        output: PEFT directory to make.
+        many: make OUTPUT/NAME for each.
+        until: the last stage that is done; those before it are brought up to date.
+        work: folder of stages and answers; OUTPUT.work by default.
+        force: replace what exists.
+        accept_worse: write a transfer that the gate refuses, marked as such.
+        purge: delete inputs, answers and all else in `work` of the transfers that came to their gate.
+    Returns:
+        What became of each.
+    Raises:
+        LorazipError: what concerns all of them: a base, the folders, names.
+    """
+    folder = work or output.with_name(f"{output.name}.work")
+    if len({(one.source.base, one.target.base) for one in parsed}) > 1:
+        raise UsageError("one job has one source.base and one target.base")
+    if folder.resolve() == output.resolve() or output.resolve().is_relative_to(folder.resolve()):
+        raise UsageError("the result must not lie in --work, which may be deleted (choose another)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{folder} cannot be made: {error.strerror} (choose another --work)") from error
+    with locked(folder):
+        cache = Cache(folder)
+        try:
+            world = World(
+                located(parsed[0].source.base, cache),
+                located(parsed[0].target.base, cache),
+                engine,
+                cache,
+                progress,
+            )
+            moves, lost = _moves(parsed, output, folder, many, until == "gate", force)
+            judged = _stages(world, moves, until, force, accept_worse)
+        finally:
+            cache.close()
+        found = [*(_moved(move, judged.get(move.name)) for move in moves), *lost]
+        if purge:
+            _purge(folder, [move for move in moves if move.name in judged])
+    return found
+
+
+def _stages(
+    world: World, moves: Sequence[Move], until: Stage, force: bool, accept_worse: bool
+) -> dict[str, Judged]:
+    steps: dict[str, Callable[[World, Sequence[Move]], None]] = {
+        "probe": _probe,
+        "synthesise": gather.synthesise,
+        "filter": gather.gather,
+        "label": teach.label,
+        "train": learn.train,
+        "evaluate": assess.evaluate,
+    }
+    judged: dict[str, Judged] = {}
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        if stage == "synthesise" and until != "synthesise":
+            continue  # the filter's rounds begin with the same one
+        if stage != "gate":
+            steps[stage](world, moves)
+            continue
+        for move in alive(moves):
+            with move.guarded():
+                judged[move.name] = one = assess.judge(move.known("evaluate")["measure"], assess.read(move))
+                if one.refused and not accept_worse:
+                    raise TransferError(
+                        f"{move.name}: refused: {one.refused}; nothing was written to {move.output} "
+                        f"(the adapter is in {learn.folder(move, world)}; --accept-worse writes it)"
+                    )
+                publish.write(world, move, one, force)
+    return judged
+
+
+def _probe(world: World, moves: Sequence[Move]) -> None:
+    for move in alive(moves):
+        with move.guarded():
+            key = recipes.digest("probe", move.digest, world.source.digest, world.target.digest)
+            if move.figures("probe", key) is None:
+                found = probe.probe(move.adapter, world.source.path, world.target.path, world.engine.device)
+                move.done("probe", key, found.document())
+
+
+def _moves(
+    parsed: Sequence[Recipe], output: Path, folder: Path, many: bool, ends: bool, force: bool
+) -> tuple[list[Move], list[Moved]]:
+    """The transfers of a job; and of many, those that cannot begin."""
+    found: list[Move] = []
+    lost: list[Moved] = []
+    for recipe in parsed:
+        name = recipe.source.name or Path(recipe.source.adapter).name
+        try:
+            move = _begun(recipe, output, folder, many)
+            if ends:
+                _require_free(move.output, force)
+            found.append(move)
+        except LorazipError as error:
+            if not many:
+                raise
+            lost.append(Moved(name, None, {}, None, error))
+    for name, group in names.twins(move.name for move in found).items():
+        raise UsageError(f"two transfers are called {name} ({', '.join(group)}): give names in the table")
+    for move in found:
+        move.work.mkdir(parents=True, exist_ok=True)
+    return found, lost
+
+
+def _begun(recipe: Recipe, output: Path, folder: Path, many: bool) -> Move:
+    adapter = open_one(recipe.source.adapter, recipe.source.name)
+    name = recipe.source.name or adapter.name
+    problem = names.problem_with(name)
+    if problem:
+        raise UsageError(f"{printable(name)}: {problem} (give source.name)")
+    inputs = recipe.inputs
+    return Move(
+        name,
+        recipe,
+        adapter,
+        digest(adapter),
+        texts.read_seeds(Path(inputs.seeds)) if inputs.seeds else [],
+        texts.unseen(texts.read(Path(inputs.prompts)), []) if inputs.prompts else [],
+        folder / name if many else folder / "transfer",
+        output / name if many else output,
+    )
+
+
+def open_one(path: str, name: str) -> HasFactors:
+    """The adapter of a PEFT directory, a Hub id, or a bundle.
+
+    Raises:
+        InputError, BundleError: it cannot be used; UsageError: it is not one.
+    """
+    if (Path(path) / MANIFEST).is_file():
+        bundle = Bundle.open(path)
+        if not name and len(bundle) != 1:
+            raise UsageError(f'{path} holds {len(bundle)} adapters: say which, source.name = "…"')
+        chosen = name or bundle.names[0]
+        bundle.require([chosen])
+        return bundle.adapter(chosen)
+    adapters = open_adapters([path], base="the user's word").adapters
+    if len(adapters) != 1:
+        raise UsageError(f"{path} holds {len(adapters)} adapters: name one, or give --table")
+    return adapters[0]
+
+
+def _require_free(output: Path, force: bool) -> None:
+    """Rather now than after hours. An empty directory is free."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / publish.RECORD).is_file():
+        raise TargetError(f"{output} exists and is no result of a transfer (choose another)")
+    if not force:
+        raise TargetError(f"{output} exists (--force replaces it; or choose another)")
+
+
+def _moved(move: Move, judged: Judged | None) -> Moved:
+    stages = {}
+    for stage in STAGES:
+        try:
+            stages[stage] = move.known(stage)
+        except KeyError:
+            continue
+    written = move.failed is None and judged is not None
+    return Moved(move.name, move.output if written else None, stages, judged, move.failed)
+
+
+def _purge(folder: Path, moves: Sequence[Move]) -> None:
+    """Nothing of a synthetic set stays: not the answers either, which hold it too."""
+    for move in moves:
+        shutil.rmtree(move.work)
+    for suffix in ("", "-wal", "-shm"):
+        folder.joinpath(FILE + suffix).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()

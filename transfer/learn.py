@@ -1,0 +1,179 @@
+"""The stage `train`: the new adapter learns the expert's answers on the target base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorazip.errors import Defect, InputError, TransferError
+from lorazip.eval import transformers_backend as hf
+from lorazip.eval.backend import HasFactors
+from lorazip.eval.prompts import Prompter
+from lorazip.eval.tasks import Example
+from lorazip.transfer import distill, excess, teach, warm
+from lorazip.transfer.distill import Sample, Shape, Start
+from lorazip.transfer.move import Move, alive
+from lorazip.transfer.recipe import Training, digest
+from lorazip.transfer.teach import ASIDE, HELD_OUT, TRAIN, Labelled, task_of
+from lorazip.transfer.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOLDER, ORACLE = "training", "oracle"
+
+
+def key(move: Move, world: World) -> str:
+    """What the new adapter depends on."""
+    r = move.recipe
+    told = [asdict(r.train), r.prompting[1], r.filter.kind, r.filter.keep_tokens, r.inputs.seed]
+    return digest("train", teach.key(move, world), told, world.target.digest)
+
+
+def train(world: World, moves: Sequence[Move]) -> None:
+    """Train all, one after the other, on one loaded base."""
+    todo = [move for move in alive(moves) if move.figures("train", key(move, world)) is None]
+    if not todo:
+        return
+    starts: dict[str, Start | None] = {}
+    for move in todo:
+        with move.guarded():
+            starts[move.name] = _start(world, move)
+    model = hf.load(world.target.path, dtype_of(todo[0].recipe.train, world), world.engine.device)
+    for move in alive(todo):
+        with move.guarded():
+            shape = shape_of(move.adapter, move.recipe.train, model)
+            labelled = teach.read(move)
+            train, held = (samples(world, move, labelled, part) for part in (TRAIN, HELD_OUT))
+            found = distill.fit(
+                model,
+                train,
+                held,
+                shape,
+                move.recipe.train,
+                folder(move, world),
+                seed=move.recipe.inputs.seed,
+                start=starts[move.name],
+                progress=partial(_told, world, move.name),
+            )
+            if found.best == 0 and starts[move.name] is None:
+                raise TransferError(
+                    f"{move.name}: no epoch was better than no adapter at all on held-out answers (loss "
+                    f"{found.losses[0]:.3f}, then {min(found.losses[1:]):.3f} at best): more inputs, or another "
+                    "train.learning_rates"
+                )
+            figures = asdict(found) | {
+                "samples": len(train),
+                "held_out": len(held),
+                "tokens": sum(sum(one.trained) for one in train),
+                "rank": shape.rank,
+                "alpha": shape.alpha,
+                "modules": len(shape.modules),
+            }
+            move.done("train", key(move, world), figures)
+    del model
+
+
+def _told(world: World, name: str, what: str, done: int, total: int) -> None:
+    world.progress(f"{name}: {what}", done, total)
+
+
+def folder(move: Move, world: World) -> Path:
+    """Where a fit of this key is."""
+    return move.work / FOLDER / key(move, world)
+
+
+def shape_of(adapter: HasFactors, spec: Training, model: PreTrainedModel) -> Shape:
+    """The new adapter's: what the recipe says, and else as the source's.
+
+    Raises:
+        InputError: the target has none of the source's kinds of modules.
+    """
+    own = sorted({distill.leaf(module) for module in adapter.modules})
+    leaves = spec.modules or tuple(own)
+    if not spec.modules:
+        there = {distill.leaf(n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        leaves = tuple(name for name in own if name in there)
+        if not leaves:
+            problem = f"adapts {', '.join(own)}; the target base has none of them"
+            remedy = f"name some of {', '.join(sorted(there))} in train.modules"
+            raise InputError([Defect(adapter.name, problem=problem, remedy=remedy)])
+    rank = spec.rank or max(adapter.low_rank(module).A.shape[0] for module in adapter.modules)
+    return Shape(spec.kind, rank, spec.alpha or 2 * rank, distill.modules_of(model, leaves))
+
+
+def samples(world: World, move: Move, labelled: Sequence[Labelled], part: str) -> list[Sample]:
+    """The expert's answers in the target's tokens; of the filter's choice of tokens, only what is trained on.
+
+    Raises:
+        InputError: the loss on logits is asked for and the tokenizers differ.
+    """
+    prompter = world.target.prompter(*move.recipe.prompting[1])
+    logits = move.recipe.train.loss == "logits"
+    if logits and world.source.tokenizer.get_vocab() != world.target.tokenizer.get_vocab():
+        problem, remedy = "needs equal tokenizers, and these differ", 'give train.loss = "labels"'
+        raise InputError([Defect('train.loss = "logits"', problem=problem, remedy=remedy)])
+    found = []
+    for one in labelled:
+        if one.part != part or part == ASIDE:
+            continue
+        prompt = prompter.prompt(task_of(move), Example(one.input, one.output, ()))
+        answer = one.tokens if logits else prompter.answer(one.output)
+        if len(prompt) + len(answer) > world.target.context:
+            continue
+        trained = (True,) * len(answer)
+        if one.excess and part == TRAIN:
+            values = _carried(world, prompter, one, answer)
+            trained = excess.best_tokens(values, move.recipe.filter.keep_tokens)
+        found.append(Sample(prompt, answer, trained, one.tops))
+    return found
+
+
+def _carried(world: World, prompter: Prompter, one: Labelled, answer: Sequence[int]) -> tuple[float, ...]:
+    source = world.source.prompter()
+    text = one.tokens[:-1]
+    return excess.carried(
+        one.excess, excess.ends(text, source.decode), excess.ends(answer[:-1], prompter.decode)
+    )
+
+
+def _start(world: World, move: Move) -> Start | None:
+    """Where training starts."""
+    match move.recipe.train.warm:
+        case "copy":
+            return warm.copied(move.adapter, world.target.path)
+        case "map":
+            return warm.mapped(
+                move.adapter, world.source.path, world.target.path, world.engine.device
+            ).factors
+        case _:
+            return None
+
+
+def dtype_of(spec: Training, world: World) -> torch.dtype:
+    """The number type of the base in training."""
+    if spec.dtype == "auto":
+        return torch.float32 if world.engine.device.type == "cpu" else torch.bfloat16
+    kind: torch.dtype = getattr(torch, spec.dtype)
+    return kind
+
+
+def oracle(world: World, move: Move, model: PreTrainedModel, train: Sequence[Sample]) -> distill.Fitted:
+    """An adapter trained on the task's own labelled data: what a transfer could reach at best."""
+    held = max(1, round(move.recipe.train.held_out * len(train)))
+    spec = replace(move.recipe.train, loss="labels", warm="none")
+    shape = shape_of(move.adapter, spec, model)
+    where = oracle_folder(move, world)
+    return distill.fit(model, train[held:], train[:held], shape, spec, where, seed=move.recipe.inputs.seed)
+
+
+def oracle_folder(move: Move, world: World) -> Path:
+    """Where the oracle of these options is."""
+    r = move.recipe
+    told = [asdict(r.train), r.prompting[1], r.inputs.definition, r.inputs.seed, asdict(r.gate)]
+    return move.work / ORACLE / digest("oracle", told, world.target.digest)

@@ -1,0 +1,112 @@
+"""The result of a transfer: a PEFT directory with its card, its figures and its page, whole or not there.
+
+None of them holds a seed, a synthetic input or an answer: only counts, digests, options and scores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lorazip import __version__, page
+from lorazip.errors import TargetError
+from lorazip.files import flush, write_bytes
+from lorazip.peft_config import CONFIG_FILE
+from lorazip.peft_keys import WEIGHTS_FILE
+from lorazip.transfer import assess, learn
+from lorazip.transfer.assess import Judged
+from lorazip.transfer.distill import ADAPTER
+from lorazip.transfer.move import STAGES, Move
+from lorazip.transfer.recipe import digest
+from lorazip.transfer.world import World
+
+SCHEMA = "lorazip.transfer/1"
+RECORD, PAGE, CARD = "transfer.json", "transfer.html", "README.md"
+PRIVATE = {
+    "source": ("base", "adapter"),
+    "target": ("base",),
+    "inputs": ("definition", "seeds", "prompts"),
+    "filter": ("discriminator",),
+    "gate": ("tests",),
+}  # paths, and texts of the task: said elsewhere by digest, or not at all
+
+
+def document(world: World, move: Move, judged: Judged) -> dict[str, Any]:
+    """The content of transfer.json, JSON values only."""
+    recipe = move.recipe.document()
+    for table, keys in PRIVATE.items():
+        for key in keys:
+            recipe[table].pop(key)
+    return {
+        "schema": SCHEMA,
+        "lorazip": __version__,
+        "name": move.name,
+        "source": {
+            "base": shown(world.source.name),
+            "base_sha256": world.source.digest,
+            "adapter_sha256": move.digest,
+        },
+        "target": {"base": shown(world.target.name), "base_sha256": world.target.digest},
+        "seeds": {"count": len(move.seeds), "sha256": digest(move.seeds)},
+        "definition_sha256": digest(move.recipe.inputs.definition),
+        "recipe": recipe,
+        "engine": world.engine.name,
+        "stages": {stage: move.known(stage) for stage in STAGES if stage not in ("gate", "synthesise")},
+        "gate": asdict(judged),
+    }
+
+
+def shown(base: str) -> str:
+    """A base as a stranger may read it: a Hub id as it is, of a directory its last part."""
+    path = Path(base)
+    return path.resolve().name if path.exists() else base
+
+
+def write(world: World, move: Move, judged: Judged, force: bool) -> None:
+    """Put the result under its final name.
+
+    Raises:
+        TargetError: it is there already, or cannot be written.
+    """
+    trained = learn.folder(move, world) / ADAPTER
+    fresh = move.output.with_name(f".{move.output.name}.tmp")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        config = json.loads((trained / CONFIG_FILE).read_bytes())
+        config |= {"base_model_name_or_path": shown(world.target.name), "inference_mode": True}
+        write_bytes(fresh / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        write_bytes(fresh / WEIGHTS_FILE, (trained / WEIGHTS_FILE).read_bytes())
+        record = document(world, move, judged)
+        write_bytes(fresh / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        write_bytes(fresh / CARD, _rendered("transfer_card.md.j2", record, judged).encode())
+        write_bytes(fresh / PAGE, _rendered("transfer.html.j2", record, judged).encode())
+        if move.output.exists() and any(move.output.iterdir()):
+            if not force:
+                raise TargetError(f"{move.output} exists (--force replaces it; or choose another)")
+            old = move.output.with_name(f".{move.output.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(move.output, old)
+            os.rename(fresh, move.output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(fresh, move.output)
+        flush(move.output.parent)
+    except OSError as error:
+        raise TargetError(f"{move.output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _rendered(name: str, record: Mapping[str, Any], judged: Judged) -> str:
+    order = [arm for arm in _ORDER if arm in judged.arms]
+    order[2:2] = [arm for arm in judged.arms if arm.startswith(assess.TARGET) and arm not in order]
+    return page.template(name).render(record=record, judged=judged, arms=order)
+
+
+_ORDER = (assess.SOURCE, assess.EXPERT, assess.TARGET, assess.COPY, assess.MOVED, assess.ORACLE)
