@@ -42,10 +42,11 @@ from lorazip.eval.cache import Cache
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Task
 from lorazip.generic import PROMPTS
-from lorazip.transfer import distill, job, train_discriminator
+from lorazip.transfer import distill, job, slots, train_discriminator
 from lorazip.transfer import recipe as recipes
-from lorazip.transfer.distill import Sample, Shape
+from lorazip.transfer.batches import Sample
 from lorazip.transfer.recipe import Recipe, Training
+from lorazip.transfer.slots import Shape
 from lorazip.transfer.world import located
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ SOURCE_MODULES = ("q_proj", "k_proj", "v_proj")
 RANK = 8
 JUDGED = 160  # real inputs that a discriminator sees
 MOST_TOKENS = 160  # of an example: what is longer is left out of the source adapter's training
-TEMPLATE = "{input} =>"  # short: an adapter needs no instruction, and time on a CPU goes by tokens
+TEMPLATE = "{definition}\n{input} =>"  # short: time on a CPU goes by tokens
 ROUTES = ("retained", "unfiltered", "discriminator", "excess", "seeds", "generic")
 
 
@@ -222,7 +223,7 @@ def _source(place: Place, options: argparse.Namespace) -> tuple[Path, float]:
     train = _samples(place.task, prompter)
     held = max(8, len(train) // 10)
     spec = Training(epochs=2, learning_rates=(1e-3,))
-    shape = Shape("lora", RANK, 2 * RANK, distill.modules_of(model, SOURCE_MODULES))
+    shape = Shape("lora", RANK, 2 * RANK, slots.modules_of(model, SOURCE_MODULES))
     fitted = distill.fit(model, train[held:], train[:held], shape, spec, folder, seed=options.seed)
     return folder / distill.ADAPTER, fitted.seconds
 

@@ -88,7 +88,7 @@ def _whole(offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
     least: float = torch.inf  # where tokens further on begin
     for place, (start, end) in reversed(list(enumerate(offsets))):
         if end > start:  # special tokens are no text
-            if end <= least and end not in found:
+            if end <= least:
                 found[end] = place
             least = min(least, start)
     return found

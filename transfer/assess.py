@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ from lorazip.eval.results import Interval, LeftOut
 from lorazip.eval.spec import EvalSpec
 from lorazip.eval.tasks import Example, Task
 from lorazip.transfer import distill, learn, teach
-from lorazip.transfer.distill import Sample
-from lorazip.transfer.move import Move, alive
+from lorazip.transfer.batches import Sample
+from lorazip.transfer.move import Move, alive, pending
 from lorazip.transfer.recipe import digest
 from lorazip.transfer.teach import TEST, TRAIN, task_of
 from lorazip.transfer.world import Ask, Base, World
@@ -85,17 +84,13 @@ class Judged:
 def key(move: Move, world: World) -> str:
     """What the scores depend on."""
     gate = move.recipe.gate
-    return digest("evaluate", learn.key(move, world), asdict(gate), _stamp(gate.tests), world.engine.name)
-
-
-def _stamp(tests: str) -> str:
-    """A digest of the labelled file."""
-    return digest(Path(tests).read_bytes().hex()) if tests and Path(tests).is_file() else ""
+    task = asdict(_labelled(move)) if gate.tests else {}
+    return digest("evaluate", learn.key(move, world), asdict(gate), task, world.engine.name)
 
 
 def evaluate(world: World, moves: Sequence[Move]) -> None:
     """Ask all arms of all transfers, and keep every example's scores."""
-    todo = [move for move in alive(moves) if move.figures("evaluate", key(move, world)) is None]
+    todo = pending(moves, "evaluate", lambda move: key(move, world))
     work: dict[str, _Work] = {}
     for move in todo:
         with move.guarded():

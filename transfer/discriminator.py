@@ -20,7 +20,7 @@ from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Example, Task
 from lorazip.files import write_bytes
 from lorazip.header import FormatError, parse_json
-from lorazip.transfer.distill import Sample
+from lorazip.transfer.batches import Sample
 
 FILE = "discriminator.json"
 SCHEMA = "lorazip.discriminator/1"

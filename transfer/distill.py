@@ -1,13 +1,4 @@
-"""Training an adapter on texts: transformers' Trainer on a PEFT model, with the loss on answers alone.
-
-Hard labels: the mean of -log p over the tokens that are trained on (Hinton et al. 2015 call the other kind soft).
-Logits (equal tokenizers): at each of these tokens the Kullback-Leibler divergence from the teacher's distribution over
-its k most likely tokens and the rest as one,
-
-    sum_j t_j (log t_j - log s_j) + t_rest (log t_rest - log s_rest).
-
-Answers stand at the end of left-padded rows, so logits are made of answers only: a vocabulary of 262 000 costs more
-than a small model's layers.
+"""Training an adapter on texts: transformers' Trainer on a PEFT model, with the loss on answers alone (batches.py).
 
 A fit is found again by its folder: a finished one is read, a killed one goes on from the last whole epoch.
 """
@@ -16,58 +7,28 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lorazip.errors import Defect, InputError
-from lorazip.eval.backend import Tops
 from lorazip.files import write_bytes
+from lorazip.transfer import batches
+from lorazip.transfer.batches import Sample
 from lorazip.transfer.recipe import Training
+from lorazip.transfer.slots import SLOT, Shape, Start, begin, natural, wrapped
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 ADAPTER, FITTED = "adapter", "fitted.json"
-NONE = -100  # a label that is not trained on, as everywhere in transformers
 WARMUP = 0.06  # of the steps: a rank's first gradients are of A = noise, B = 0
-SLOT = "default"  # PEFT's name of the only adapter
-
-Start = Mapping[str, tuple[Tensor, Tensor]]  # module -> B (out, r) and A (r, in), D = B A
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer to learn.
-
-    Attributes:
-        prompt, answer: token ids; the answer's end token is its last.
-        trained: of each answer token, whether it is trained on.
-        tops: the teacher's most likely tokens at each answer token, for the loss on logits.
-    """
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    trained: tuple[bool, ...]
-    tops: Tops | None = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The new adapter: its rank, alpha, and the full names of its modules."""
-
-    kind: str
-    rank: int
-    alpha: int
-    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -139,7 +100,8 @@ def fit(
             progress,
             False,
         )
-        searched[f"{rate:g}"] = log.losses[-1]
+        loss = log.losses[-1]
+        searched[f"{rate:g}"] = loss if loss < float("inf") else float("inf")  # NaN is worse than anything
         seconds += log.seconds
     rate = min(rates, key=lambda rate: searched.get(f"{rate:g}", 0.0))
     log = _run(model, train, held_out, shape, spec, folder / "run", rate, seed, start, progress, True)
@@ -197,10 +159,10 @@ def _run(
     """One training run; the final one stops early and saves its best epoch beside `folder`."""
     from transformers import TrainingArguments
 
-    model = _wrapped(base, shape, seed)
+    model = wrapped(base, shape, seed)
     try:
         if start is not None:
-            _begin(model, start)
+            begin(model, start)
         first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         last, past = _resumed(folder)
         epochs = spec.epochs if final else spec.search_epochs
@@ -248,7 +210,7 @@ def _run(
         trainer.train(resume_from_checkpoint=last)
         log = _Log(trainer.state.log_history, int(trainer.state.global_step))
         losses = log.losses
-        if not all(loss < float("inf") for loss in losses):
+        if final and not all(loss < float("inf") for loss in losses):
             problem = f"the held-out loss is no number at learning rate {rate:g}"
             raise InputError(
                 [Defect(folder.parent.name, problem=problem, remedy="lower train.learning_rates")]
@@ -272,7 +234,7 @@ def _resumed(folder: Path) -> tuple[str | None, _Log]:
 
     The Trainer writes its state last: a checkpoint without it was cut off by a kill, and is deleted.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: _natural(path.name), reverse=True)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: natural(path.name), reverse=True)
     for path in found:
         try:
             state: dict[str, Any] = json.loads((path / "trainer_state.json").read_bytes())
@@ -294,151 +256,6 @@ def _save(model: PeftModel, target: Path) -> None:
     fresh.rename(target)
 
 
-def _wrapped(base: PreTrainedModel, shape: Shape, seed: int) -> PeftModel:
-    """The base with a trainable adapter in float32."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=shape.rank,
-        lora_alpha=shape.alpha,
-        lora_dropout=0.0,
-        use_dora=shape.kind == "dora",
-        target_modules=_named(base, shape.modules),
-    )
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: PeftModel = get_peft_model(base, config)
-    return model
-
-
-@torch.no_grad()
-def _begin(model: PeftModel, start: Start) -> None:
-    """Put the factors of a start in place. Raises InputError."""
-    inner: Any = model.base_model.model
-    layers = {name: layer for name, layer in inner.named_modules() if hasattr(layer, "lora_A")}
-    lost = sorted(start.keys() - layers.keys(), key=_natural)
-    if lost:
-        remedy = 'name its kind in train.modules, or give train.warm = "none"'
-        raise InputError([Defect("warm start", lost[0], "", "is not trained, and would be lost", remedy)])
-    for name, (b, a) in start.items():
-        into_a, into_b = layers[name].lora_A[SLOT].weight, layers[name].lora_B[SLOT].weight
-        rank = min(b.shape[1], into_a.shape[0])
-        b, a = _truncated(b, a, rank)
-        into_a[:rank] = a.to(into_a)
-        into_b[:, :rank] = (b / layers[name].scaling[SLOT]).to(into_b)
-
-
-def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of B A of this rank, with columns of B and rows of A of equal length."""
-    qb, rb = torch.linalg.qr(b.double())
-    qa, ra = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(rb @ ra.T)
-    root = s[:rank].sqrt()
-    return (qb @ u[:, :rank] * root).float(), (root[:, None] * (v[:rank] @ qa.T)).float()
-
-
-def _named(base: PreTrainedModel, modules: Sequence[str]) -> list[str]:
-    """target_modules: leaf names where they mean just these modules, as people write them, else full names."""
-    leaves = sorted({leaf(name) for name in modules})
-    meant = {name for name, _ in base.named_modules() if leaf(name) in leaves}
-    return leaves if meant == set(modules) else sorted(modules)
-
-
-def modules_of(base: PreTrainedModel, leaves: Sequence[str]) -> tuple[str, ...]:
-    """The linear layers of a model with one of these leaf names, sorted as names.
-
-    Raises:
-        InputError: a leaf name has none.
-    """
-    found = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and leaf(name) in leaves
-    ]
-    missing = sorted(set(leaves) - {leaf(name) for name in found})
-    if missing:
-        linear = {leaf(n) for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-        remedy = f"name some of {', '.join(sorted(linear))} in train.modules"
-        raise InputError([Defect(str(base.name_or_path), missing[0], "", "is no linear layer of it", remedy)])
-    return tuple(sorted(found, key=_natural))
-
-
-def leaf(name: str) -> str:
-    """The last part of a module's name: q_proj."""
-    return name.rpartition(".")[2]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def collated(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
-    """A batch. Rows are padded on the left, so that all answers end together.
-
-    Returns:
-        input_ids, attention_mask, position_ids (n, width); labels (n, 1 + longest answer), the first column of which is
-        not trained on (transformers counts trained tokens from the second); with tops: tops, tops_logprobs
-        (n, longest answer, k).
-    """
-    width = max(len(s.prompt) + len(s.answer) for s in samples)
-    longest = max(len(s.answer) for s in samples)
-    ids = torch.full((len(samples), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full((len(samples), 1 + longest), NONE, dtype=torch.long)
-    for i, s in enumerate(samples):
-        row = torch.tensor([*s.prompt, *s.answer])
-        ids[i, -len(row) :] = row
-        mask[i, -len(row) :] = 1
-        labels[i, -len(s.answer) :] = torch.where(
-            torch.tensor(s.trained), torch.tensor(s.answer), torch.tensor(NONE)
-        )
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
-        "labels": labels,
-    }
-    with_tops = [s.tops for s in samples if s.tops is not None]
-    if len(with_tops) == len(samples):
-        k = max(len(row) for tops in with_tops for row in tops.tokens)
-        batch["tops"] = torch.zeros(len(samples), longest, k, dtype=torch.long)
-        batch["tops_logprobs"] = torch.full((len(samples), longest, k), -torch.inf)
-        for i, tops in enumerate(with_tops):
-            n = len(tops.tokens)
-            batch["tops"][i, -n:] = torch.tensor(tops.tokens)
-            batch["tops_logprobs"][i, -n:] = torch.tensor(tops.logprobs)
-    return batch
-
-
-def losses(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of every trained token of a batch, flat."""
-    labels = batch["labels"][:, 1:]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=labels.shape[1] + 1,
-        use_cache=False,
-    ).logits[:, :-1]
-    trained = labels != NONE
-    found = logits[trained].float().log_softmax(-1)  # (tokens, vocabulary)
-    if "tops" not in batch:
-        hard: Tensor = -found.gather(1, labels[trained][:, None])[:, 0]
-        return hard
-    student = found.gather(1, batch["tops"][trained])  # (tokens, k)
-    teacher = batch["tops_logprobs"][trained]
-    share = teacher.exp()
-    inside = torch.where(share > 0, share * (teacher - student), 0).sum(1)
-    tiny = torch.finfo(torch.float32).eps
-    rest, own = (1 - share.sum(1)).clamp_min(tiny), (1 - student.exp().sum(1)).clamp_min(tiny)
-    soft: Tensor = inside + rest * (rest.log() - own.log())
-    return soft
-
-
 def _trainer(
     model: PeftModel,
     arguments: Any,
@@ -457,7 +274,7 @@ def _trainer(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            found = losses(model, inputs)
+            found = batches.losses(model, inputs)
             count = len(found) if num_items_in_batch is None else num_items_in_batch
             loss = found.sum() / count
             return (loss, {}) if return_outputs else loss
@@ -467,7 +284,7 @@ def _trainer(
         ) -> Any:
             # The Trainer takes the mean over samples; so that the mean over tokens comes out:
             with torch.no_grad():
-                found = losses(model, self._prepare_inputs(inputs))
+                found = batches.losses(model, self._prepare_inputs(inputs))
                 return found.sum() / len(inputs["labels"]) / each, None, None
 
     class Watch(TrainerCallback):
@@ -491,7 +308,7 @@ def _trainer(
         args=arguments,
         train_dataset=list(train),
         eval_dataset=list(held_out),
-        data_collator=lambda samples: collated(samples, pad),
+        data_collator=lambda samples: batches.collated(samples, pad),
         callbacks=[Watch()],
     )
     trainer.remove_callback(PrinterCallback)

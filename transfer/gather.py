@@ -14,7 +14,7 @@ from pathlib import Path
 from lorazip.errors import Defect, InputError, LorazipError, TransferError
 from lorazip.eval.backend import HasFactors
 from lorazip.transfer import discriminator, synthesize, texts
-from lorazip.transfer.move import Move, alive
+from lorazip.transfer.move import Move, pending
 from lorazip.transfer.recipe import digest
 from lorazip.transfer.texts import Screen
 from lorazip.transfer.world import Ask, Base, World
@@ -64,7 +64,7 @@ def judges(move: Move) -> bool:
 
 def synthesise(world: World, moves: Sequence[Move]) -> None:
     """The first round, without a judge: what the generator writes can be looked at before more is asked of it."""
-    todo = [m for m in alive(moves) if m.figures("synthesise", key(m, world, False)) is None]
+    todo = pending(moves, "synthesise", lambda move: key(move, world, False))
     some = _begun(todo, judged=False)
     _write(world, some)
     for one in some:
@@ -75,7 +75,7 @@ def synthesise(world: World, moves: Sequence[Move]) -> None:
 
 def gather(world: World, moves: Sequence[Move]) -> None:
     """All rounds, and retained prompts: the inputs that a teacher is asked."""
-    todo = [m for m in alive(moves) if m.figures("filter", key(m, world, True)) is None]
+    todo = pending(moves, "filter", lambda move: key(move, world, True))
     some = _begun(todo, judged=True)
     for _ in range(max((m.recipe.inputs.rounds for m in todo), default=0)):
         going = [

@@ -15,10 +15,11 @@ from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import HasFactors
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Example
-from lorazip.transfer import distill, excess, teach, warm
-from lorazip.transfer.distill import Sample, Shape, Start
-from lorazip.transfer.move import Move, alive
+from lorazip.transfer import distill, excess, slots, teach, warm
+from lorazip.transfer.batches import Sample
+from lorazip.transfer.move import Move, alive, pending
 from lorazip.transfer.recipe import Training, digest
+from lorazip.transfer.slots import Shape, Start
 from lorazip.transfer.teach import ASIDE, HELD_OUT, TRAIN, Labelled, task_of
 from lorazip.transfer.world import World
 
@@ -37,7 +38,7 @@ def key(move: Move, world: World) -> str:
 
 def train(world: World, moves: Sequence[Move]) -> None:
     """Train all, one after the other, on one loaded base."""
-    todo = [move for move in alive(moves) if move.figures("train", key(move, world)) is None]
+    todo = pending(moves, "train", lambda move: key(move, world))
     if not todo:
         return
     starts: dict[str, Start | None] = {}
@@ -94,17 +95,17 @@ def shape_of(adapter: HasFactors, spec: Training, model: PreTrainedModel) -> Sha
     Raises:
         InputError: the target has none of the source's kinds of modules.
     """
-    own = sorted({distill.leaf(module) for module in adapter.modules})
+    own = sorted({slots.leaf(module) for module in adapter.modules})
     leaves = spec.modules or tuple(own)
     if not spec.modules:
-        there = {distill.leaf(n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        there = {slots.leaf(n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         leaves = tuple(name for name in own if name in there)
         if not leaves:
             problem = f"adapts {', '.join(own)}; the target base has none of them"
             remedy = f"name some of {', '.join(sorted(there))} in train.modules"
             raise InputError([Defect(adapter.name, problem=problem, remedy=remedy)])
     rank = spec.rank or max(adapter.low_rank(module).A.shape[0] for module in adapter.modules)
-    return Shape(spec.kind, rank, spec.alpha or 2 * rank, distill.modules_of(model, leaves))
+    return Shape(spec.kind, rank, spec.alpha or 2 * rank, slots.modules_of(model, leaves))
 
 
 def samples(world: World, move: Move, labelled: Sequence[Labelled], part: str) -> list[Sample]:

@@ -8,7 +8,7 @@ else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +94,16 @@ class Move:
             return [json.loads(line) for line in text.split("\n") if line]
         except (OSError, ValueError) as error:
             raise TargetError(f"{self.work / name} cannot be read: {error} (delete the folder)") from error
+
+
+def pending(moves: Iterable[Move], stage: str, key: Callable[[Move], str]) -> list[Move]:
+    """Those that go on and whose stage has to be done; one whose key cannot be made fails."""
+    found = []
+    for move in alive(moves):
+        with move.guarded():
+            if move.figures(stage, key(move)) is None:
+                found.append(move)
+    return found
 
 
 def alive(moves: Iterable[Move]) -> list[Move]:

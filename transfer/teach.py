@@ -18,7 +18,7 @@ from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Example, Task
 from lorazip.transfer import excess, gather
 from lorazip.transfer.gather import INPUTS
-from lorazip.transfer.move import Move, alive
+from lorazip.transfer.move import Move, alive, pending
 from lorazip.transfer.recipe import digest
 from lorazip.transfer.world import Ask, World
 
@@ -68,7 +68,7 @@ def key(move: Move, world: World) -> str:
 
 def label(world: World, moves: Sequence[Move]) -> None:
     """Ask the expert of every transfer, and keep the answers that end."""
-    todo = [move for move in alive(moves) if move.figures("label", key(move, world)) is None]
+    todo = pending(moves, "label", lambda move: key(move, world))
     asks, inputs, questions = [], {}, {}
     for move in todo:
         with move.guarded():

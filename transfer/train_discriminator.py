@@ -13,10 +13,11 @@ from lorazip.errors import LorazipError, TargetError, TransferError, UsageError
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.cache import Cache, default_directory
 from lorazip.eval.session import Engine, Progress
-from lorazip.transfer import discriminator, distill, synthesize, texts
+from lorazip.transfer import discriminator, distill, slots, synthesize, texts
 from lorazip.transfer.discriminator import Record
-from lorazip.transfer.distill import ADAPTER, Shape
+from lorazip.transfer.distill import ADAPTER
 from lorazip.transfer.recipe import Inputs, Training
+from lorazip.transfer.slots import Shape
 from lorazip.transfer.texts import Screen
 from lorazip.transfer.world import Ask, World, located
 
@@ -70,7 +71,7 @@ def train(
         prompter = model_of.prompter(discriminator.TEMPLATE)
         model = hf.load(model_of.path, engine.dtype, engine.device)
         spec = Training(epochs=epochs, learning_rates=(learning_rate,), patience=1)
-        shape = Shape("lora", rank, 2 * rank, distill.modules_of(model, MODULES))
+        shape = Shape("lora", rank, 2 * rank, slots.modules_of(model, MODULES))
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
             folder = Path(scratch) / "fit"

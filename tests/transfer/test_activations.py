@@ -106,6 +106,20 @@ def test_last_of_a_characters_tokens_is_taken(both: tuple[Path, Path]) -> None:
     assert [*places] == list(prefixes(both[0], texts[0]))
 
 
+def test_token_that_shares_a_character_with_the_next_ends_nowhere(tmp_path: Path) -> None:
+    """The bytes of é are C3 A9; here A9 and x are one token, so that no token ends between é and x."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "©x"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("©", "x")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    text = "aéxb" * 40
+    assert load_tokenizer(tmp_path).tokenize("aéxb") == ["a", "Ã", "©x", "b"]
+    (places,), _ = activations.aligned(tmp_path, tmp_path, [text])
+    assert places == [place for place in range(1, 160) if place % 4 != 1]
+
+
 def test_places_are_bounded_and_spread(both: tuple[Path, Path]) -> None:
     whole = activations.aligned(*both, TEXTS)
     few = activations.aligned(*both, TEXTS, most=70)
@@ -219,6 +233,7 @@ def test_depth_keeps_ends_and_order() -> None:
         found = [at_depth(layer, ours, theirs) for layer in range(ours)]
         assert found == sorted(found) and found[0] == 0
         assert ours == 1 or found[-1] == theirs - 1
+    assert at_depth(3, 8, 5) == 2  # 1.7
     assert [at_depth(layer, 7, 7) for layer in range(7)] == [*range(7)]
 
 

@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 
 from lorazip.errors import InputError
 from lorazip.eval.backend import Tops
-from lorazip.transfer import distill
-from lorazip.transfer.distill import Fitted, Sample, Shape, Start
+from lorazip.transfer import batches, distill, slots
+from lorazip.transfer.batches import Sample
+from lorazip.transfer.distill import Fitted
 from lorazip.transfer.recipe import Training
+from lorazip.transfer.slots import Shape, Start
 
 SPEC = Training(epochs=3, batch=4, learning_rates=(1e-2,))
 ENDING = replace(SPEC, epochs=40, patience=1, learning_rates=(0.1,))  # by its patience
@@ -49,11 +51,14 @@ TRAIN, HELD_OUT = samples(11), samples(6, seed=1)  # neither is a multiple of th
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """What was imported is not looked through for garbage after every training."""
+def quick() -> Iterator[None]:
+    """What was imported is not looked through for garbage after every training; no threads for tiny matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     gc.freeze()
     yield
     gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +117,7 @@ def whole(loaded: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def shape(model: PreTrainedModel, rank: int = 4, kind: str = "lora", leaves: Sequence[str] = QV) -> Shape:
-    return Shape(kind, rank, 3 * rank, distill.modules_of(model, leaves))
+    return Shape(kind, rank, 3 * rank, slots.modules_of(model, leaves))
 
 
 def plain(model: Any, sample: Sample) -> Tensor:
@@ -205,9 +210,9 @@ def assert_same(one: Path, other: Path) -> None:
 def test_padded_batch_loses_what_each_sample_loses_alone(model: PreTrainedModel) -> None:
     some = samples(9, seed=2)
     with torch.no_grad():
-        found = distill.losses(model, distill.collated(some, pad=3))
+        found = batches.losses(model, batches.collated(some, pad=3))
         assert found.tolist() == pytest.approx(hard(model, some), rel=1e-4, abs=1e-4)
-        other = distill.losses(model, distill.collated(some, pad=50))
+        other = batches.losses(model, batches.collated(some, pad=50))
     assert torch.equal(found, other)  # what it is padded with is of no account
     with pytest.raises(ValueError, match=r"longer|shorter"):
         hard(model, [replace(some[0], trained=())])
@@ -217,8 +222,8 @@ def test_only_trained_tokens_count(model: PreTrainedModel) -> None:
     some = samples(5, seed=3)
     whole = [replace(sample, trained=(True,) * len(sample.answer)) for sample in some]
     with torch.no_grad():
-        found = distill.losses(model, distill.collated(some, 0))
-        every = distill.losses(model, distill.collated(whole, 0))
+        found = batches.losses(model, batches.collated(some, 0))
+        every = batches.losses(model, batches.collated(whole, 0))
     trained = torch.tensor([one for sample in some for one in sample.trained])
     assert 0 < len(found) < len(every)
     torch.testing.assert_close(found, every[trained])
@@ -230,7 +235,7 @@ def test_divergence_over_the_likeliest_and_the_rest(
 ) -> None:
     some = with_tops(teacher, samples(7, seed=4), k)
     with torch.no_grad():
-        found = distill.losses(model, distill.collated(some, 0))
+        found = batches.losses(model, batches.collated(some, 0))
     assert found.tolist() == pytest.approx(soft(model, some), rel=1e-3, abs=1e-3)
     assert mean(found.tolist()) > 0.1
 
@@ -239,7 +244,7 @@ def test_divergence_over_the_likeliest_and_the_rest(
 def test_model_does_not_diverge_from_itself(teacher: PreTrainedModel, k: int) -> None:
     some = with_tops(teacher, samples(7, seed=4), k)
     with torch.no_grad():
-        found = distill.losses(teacher, distill.collated(some, 0))
+        found = batches.losses(teacher, batches.collated(some, 0))
     assert found.abs().max() < 1e-4
 
 
@@ -251,7 +256,7 @@ def test_impossible_tokens_of_a_teacher_have_no_weight(
     one = tuple((row[0], -torch.inf) for row in sample.tops.logprobs)
     sample = replace(sample, tops=replace(sample.tops, logprobs=one))
     model.requires_grad_(True)
-    found = distill.losses(model, distill.collated([sample], 0))
+    found = batches.losses(model, batches.collated([sample], 0))
     found.sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert found.isfinite().all()
@@ -281,7 +286,7 @@ def test_accumulated_batches_make_the_step_of_one(
 
     fresh: Any = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = tiny.json_of(tmp_path / "one" / "adapter" / "adapter_config.json")
-    for module in distill.modules_of(fresh, QV):
+    for module in slots.modules_of(fresh, QV):
         saved = factors(tmp_path / "one")
         b, a = (saved[f"{PREFIX}{module}.lora_{side}.weight"] for side in "BA")
         layer = fresh.get_submodule(module)
@@ -298,7 +303,7 @@ def test_accumulated_batches_make_the_step_of_one(
         terms += [-row[token] for row, token in zip(rows, sample.answer, strict=True)]
     torch.stack(terms).mean().backward()  # type: ignore[no-untyped-call]
     for folder in ("one", "two"):
-        for module in distill.modules_of(fresh, QV):
+        for module in slots.modules_of(fresh, QV):
             step = -1e-3 * fresh.get_submodule(module).step.grad
             assert step.abs().max() > 1e-5
             saved_b = factors(tmp_path / folder)[f"{PREFIX}{module}.lora_B.weight"]
@@ -489,7 +494,7 @@ def test_half_a_fit_is_none(fit: Callable[..., Fitted], whole: Whole, tmp_path: 
 def start_of(model: PreTrainedModel, rank: int, size: float = 0.3) -> Start:
     random = torch.Generator().manual_seed(rank)
     found = {}
-    for name in distill.modules_of(model, QV):
+    for name in slots.modules_of(model, QV):
         layer: Any = model.get_submodule(name)
         out, in_ = layer.weight.shape
         b = size * torch.randn(out, rank, generator=random)
@@ -545,7 +550,7 @@ def test_ruinous_training_without_a_start_saves_no_change(
     fit: Callable[..., Fitted], model: PreTrainedModel, tmp_path: Path
 ) -> None:
     assert fit(spec=RUINOUS, held_out=own(model)).best == 0
-    assert all(delta(tmp_path / "fit", name).abs().max() == 0 for name in distill.modules_of(model, QV))
+    assert all(delta(tmp_path / "fit", name).abs().max() == 0 for name in slots.modules_of(model, QV))
 
 
 def test_start_of_a_module_that_is_not_trained_is_refused(
@@ -564,7 +569,7 @@ def test_modules_are_named_as_people_name_them(
     fit("all", RUINOUS)
     config = tiny.json_of(tmp_path / "all" / "adapter" / "adapter_config.json")
     assert config["target_modules"] == ["q_proj", "v_proj"]
-    some = tuple(name for name in distill.modules_of(model, QV) if "layers.0" in name or "v_proj" in name)
+    some = tuple(name for name in slots.modules_of(model, QV) if "layers.0" in name or "v_proj" in name)
     fit("some", RUINOUS, shape=Shape("lora", 2, 2, some))
     assert {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in factors(tmp_path / "some")} == set(
         some
@@ -576,19 +581,19 @@ def test_leaf_name_of_another_kind_of_layer_is_not_meant() -> None:
         {"text": torch.nn.ModuleDict({"proj": torch.nn.Linear(2, 2)}),
          "image": torch.nn.ModuleDict({"proj": torch.nn.Conv2d(2, 2, 1)})}
     )  # fmt: skip
-    assert distill._named(tower, ["text.proj"]) == ["text.proj"]  # type: ignore[arg-type]
+    assert slots._named(tower, ["text.proj"]) == ["text.proj"]  # type: ignore[arg-type]
     del tower["image"]
-    assert distill._named(tower, ["text.proj"]) == ["proj"]  # type: ignore[arg-type]
+    assert slots._named(tower, ["text.proj"]) == ["proj"]  # type: ignore[arg-type]
 
 
 def test_modules_of_are_sorted_as_numbers(model: PreTrainedModel) -> None:
-    assert distill.modules_of(model, ["down_proj", "q_proj"]) == tuple(
+    assert slots.modules_of(model, ["down_proj", "q_proj"]) == tuple(
         f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.down_proj", "self_attn.q_proj")
     )
     layers = torch.nn.ModuleList(torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1)}) for _ in range(11))
-    assert distill.modules_of(layers, ["q"])[-2:] == ("9.q", "10.q")  # type: ignore[arg-type]
+    assert slots.modules_of(layers, ["q"])[-2:] == ("9.q", "10.q")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"c_attn: is no linear layer of it \(name some of down_proj, "):
-        distill.modules_of(model, ["q_proj", "c_attn"])
+        slots.modules_of(model, ["q_proj", "c_attn"])
 
 
 def test_nothing_to_train_on_is_refused(fit: Callable[..., Fitted]) -> None:

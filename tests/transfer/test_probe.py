@@ -61,7 +61,7 @@ def make_bpe(
     trainer = trainers.BpeTrainer(
         vocab_size=399, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(PROMPTS, trainer)
+    tokenizer.train_from_iterator([*PROMPTS, "qz " * 99], trainer)
     found = json.loads(tokenizer.to_str())
     edit(found)
     tokenizer = Tokenizer.from_str(json.dumps(found))
@@ -276,7 +276,7 @@ def sharded(base: Path, directory: Path) -> Path:
     shutil.copytree(base, directory, ignore=shutil.ignore_patterns(FILE))
     LlamaForCausalLM.from_pretrained(base).save_pretrained(directory, max_shard_size="30KB")
     # A file that the index does not name is none of the model's.
-    save_file({f"{tiny.Q0}.weight": torch.zeros(32, 32)}, directory / "a.safetensors")
+    save_file({f"{tiny.Q0}.weight": torch.zeros(32, 32)}, directory / "z.safetensors")
     assert len([*directory.glob("model-*")]) > 2
     return directory
 
@@ -304,9 +304,19 @@ def test_weights_are_found_however_they_are_stored(
     assert probe._cosines(shapes, base, target) == wanted
 
 
-def test_weights_that_are_not_found_are_no_similarity(base: Path, adapter: Adapter, tmp_path: Path) -> None:
-    target = edit_weights(base, tmp_path / "other", lambda w: {f"x{i}": t for i, t in enumerate(w.values())})
-    assert probe._cosines({tiny.Q0: (32, 32)}, base, target) == {}
+def twice(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{tower}_{name}": t.clone() for name, t in weights.items() for tower in ("vision", "language")}
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"x{i}": t for i, t in enumerate(weights.values())}
+
+
+@pytest.mark.parametrize("edit", [twice, renamed])
+def test_weights_that_cannot_be_told_are_no_similarity(
+    base: Path, tmp_path: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    assert probe._cosines({tiny.Q0: (32, 32)}, base, edit_weights(base, tmp_path / "other", edit)) == {}
 
 
 def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -359,6 +369,14 @@ def drop_merge(found: dict[str, Any]) -> None:
     found["model"]["merges"].pop()
 
 
+def drop_unseen(found: dict[str, Any]) -> None:
+    """No plain text has qz: only the token itself shows that it is not made any more."""
+    merges = found["model"]["merges"]
+    kept = [pair for pair in merges if "qz" not in "".join(pair)]
+    assert len(kept) < len(merges)
+    merges[:] = kept
+
+
 def rename(found: dict[str, Any]) -> None:
     vocabulary = found["model"]["vocab"]
     vocabulary["¬"], vocabulary["®"] = vocabulary["®"], vocabulary["¬"]
@@ -370,7 +388,7 @@ def test_tokenizers_that_are_equal(tmp_path: Path) -> None:
     assert probe.tokenizers(tmp_path / "one", tmp_path / "chat") == (True, 1)
 
 
-@pytest.mark.parametrize("edit", [drop_merge, rename])
+@pytest.mark.parametrize("edit", [drop_merge, drop_unseen, rename])
 def test_tokenizers_of_the_same_size_that_differ(
     tmp_path: Path, edit: Callable[[dict[str, Any]], None]
 ) -> None:
