@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -235,6 +236,7 @@ def _by_layer(modules: Mapping[str, Match], cosines: Mapping[str, float]) -> dic
     return {layer: round(fmean(some), 4) if some else None for layer, some in sorted(found.items())}
 
 
+@lru_cache(maxsize=1)  # a job probes many adapters of the same two bases
 def _layers(source: Path, target: Path, device: torch.device) -> tuple[list[Pair], int]:
     places = activations.aligned(source, target, PROMPTS)
     first = activations.collect(source, PROMPTS, places[0], device).states
