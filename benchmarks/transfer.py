@@ -183,7 +183,7 @@ def _recipes(place: Place, options: argparse.Namespace, adapter: Path, judge: Pa
         "label": {"new_tokens": 32},
         "gate": {"tests": place.task.source, "limit": options.limit},
     }
-    seeded = {"seeds": place.file("seeds", seeds), "count": options.count}
+    seeded = {"seeds": place.file("seeds", seeds), "count": options.count, "rounds": 4}
     chosen: dict[str, dict[str, dict[str, Any]]] = {
         "retained": {
             "inputs": {"prompts": place.file("retained", rest[: options.count]), "count": 0},

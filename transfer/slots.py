@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SLOT = "default"  # PEFT's name of the only adapter
+LENGTH = 3**-0.5  # of a row of A whose numbers are uniform within ±1/√in, as PEFT draws them
 
 Start = Mapping[str, tuple[Tensor, Tensor]]  # module -> B (out, r) and A (r, in), D = B A
 
@@ -69,12 +70,16 @@ def begin(model: PeftModel, start: Start) -> None:
 
 
 def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of B A of this rank, with columns of B and rows of A of equal length."""
+    """The best approximation of B A of this rank, with orthogonal rows of A as long as those that PEFT draws.
+
+    B learns by what A hands it. With B and A balanced, A is small, and a mapped start learned more slowly than none:
+    held-out loss 0.71 after 12 steps where PEFT's own start came to 0.46 and this one to 0.32 (past tenses, SmolLM2 to
+    Gemma 3 270M, learning rate 3e-4, one seed).
+    """
     qb, rb = torch.linalg.qr(b.double())
     qa, ra = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(rb @ ra.T)
-    root = s[:rank].sqrt()
-    return (qb @ u[:, :rank] * root).float(), (root[:, None] * (v[:rank] @ qa.T)).float()
+    return (qb @ u[:, :rank] * (s[:rank] / LENGTH)).float(), (LENGTH * (v[:rank] @ qa.T)).float()
 
 
 def _named(base: PreTrainedModel, modules: Sequence[str]) -> list[str]:
