@@ -84,7 +84,7 @@ class Judged:
 def key(move: Move, world: World) -> str:
     """What the scores depend on."""
     gate = move.recipe.gate
-    task = asdict(_labelled(move)) if gate.tests else {}
+    task = asdict(labelled(move)) if gate.tests else {}
     return digest("evaluate", learn.key(move, world), asdict(gate), task, world.engine.name)
 
 
@@ -139,7 +139,7 @@ class _Work:
 
 def _prepared(world: World, move: Move) -> _Work:
     gate = move.recipe.gate
-    task = _labelled(move) if gate.tests else _taught(move)
+    task = labelled(move) if gate.tests else _taught(move)
     shots = min(gate.shots, len(task.shots))
     spec = EvalSpec(metric=gate.metric if gate.tests else "exact_match", shots=shots)
     theirs = world.target.prompter(*move.recipe.prompting[1])
@@ -173,7 +173,8 @@ def copies(move: Move) -> bool:
     return bool(move.known("probe")["routes"]["warm-copy"]["possible"])
 
 
-def _labelled(move: Move) -> Task:
+def labelled(move: Move) -> Task:
+    """The labelled task of the gate. Raises InputError, UsageError."""
     gate = move.recipe.gate
     found = [one for some in tasks.find([gate.tests]).values() for one in some]
     if len(found) != 1:

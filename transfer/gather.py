@@ -108,11 +108,12 @@ def _begun(moves: Sequence[Move], judged: bool) -> list[_Gathering]:
 
 def _writer(move: Move, world: World) -> str:
     """Digest of who writes inputs."""
-    base = _generator(move, world)
+    base = generator(move, world)
     return base.digest + (move.digest if move.recipe.inputs.generator == "expert" else "")
 
 
-def _generator(move: Move, world: World) -> Base:
+def generator(move: Move, world: World) -> Base:
+    """The base that writes inputs. Raises InputError."""
     match move.recipe.inputs.generator:
         case "target":
             return world.target
@@ -131,7 +132,7 @@ def _write(world: World, some: Sequence[_Gathering]) -> None:
         if one.missing <= 0:
             continue
         with move.guarded():
-            base = _generator(move, world)
+            base = generator(move, world)
             adapters: dict[str, HasFactors] = {}
             if spec.generator == "expert":
                 adapters = {f"expert/{move.name}": move.adapter}

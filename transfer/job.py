@@ -24,7 +24,7 @@ from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.files import locked
 from lorazip.sources import open_adapters
-from lorazip.transfer import assess, gather, learn, probe, publish, teach, texts
+from lorazip.transfer import assess, discriminator, gather, learn, probe, publish, teach, texts
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.assess import Judged
 from lorazip.transfer.move import STAGES, Move, alive
@@ -218,6 +218,9 @@ def _stages(
         "evaluate": assess.evaluate,
     }
     judged: dict[str, Judged] = {}
+    for move in moves:
+        with move.guarded():
+            _check(world, move)
     for stage in STAGES[: STAGES.index(until) + 1]:
         if stage == "synthesise" and until != "synthesise":
             continue  # the filter's rounds begin with the same one
@@ -234,6 +237,18 @@ def _stages(
                     )
                 publish.write(world, move, one, force)
     return judged
+
+
+def _check(world: World, move: Move) -> None:
+    """What a later stage would find missing, found before hours of work."""
+    source, target = move.recipe.prompting
+    world.source.prompter(*source)
+    world.target.prompter(*target)
+    gather.generator(move, world)
+    if gather.judges(move):
+        discriminator.read(Path(move.recipe.filter.discriminator))
+    if move.recipe.gate.tests:
+        assess.labelled(move)
 
 
 def _probe(world: World, moves: Sequence[Move]) -> None:

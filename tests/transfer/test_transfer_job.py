@@ -16,7 +16,7 @@ import torch
 
 import lorazip
 from lorazip.cli import main
-from lorazip.errors import InputError, TargetError, TransferError, UsageError
+from lorazip.errors import InputError, LorazipError, TargetError, TransferError, UsageError
 from lorazip.eval import session
 from lorazip.transfer import assess, job, teach
 from lorazip.transfer.move import STAGES, Move
@@ -291,6 +291,26 @@ def test_what_exists_is_never_harmed(place: Place, tmp_path: Path) -> None:
     assert (mine / "thesis.txt").read_text() == "years of work"
     with pytest.raises(UsageError, match="must not lie in --work"):
         run(place, tmp_path / "w" / "moved", work=tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"target": {"chat": True}}, "no chat template"),
+        ({"gate": {"tests": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"inputs": {"generator": "no-such-model"}}, "no-such-model: does not exist"),
+        ({"filter": {"kind": "discriminator", "discriminator": "nothing"}}, "nothing"),
+    ],
+)
+def test_what_is_missing_at_the_end_is_missed_before_a_model_is_asked(
+    place: Place, tmp_path: Path, more: dict[str, dict[str, Any]], said: str
+) -> None:
+    tables = place.tables()
+    for name, table in more.items():
+        tables[name] = tables[name] | table
+    with pytest.raises(LorazipError, match=said):
+        run(place, tmp_path / "moved", tables=tables, progress=stopping(lambda what, done: True))
+    assert not (tmp_path / "moved").exists()
 
 
 def test_two_jobs_in_one_folder_do_not_meet(place: Place, tmp_path: Path) -> None:
