@@ -16,6 +16,7 @@ from lorazip.transfer import job, train_discriminator
 from lorazip.transfer import recipe as recipes
 
 HELP = {"help_option_names": ["-h", "--help"]}
+POOR = 0.75  # accuracy of a discriminator, below which it refuses by chance; Trans-LoRA asks for 0.9
 _Command = Callable[..., Any]
 
 
@@ -313,4 +314,8 @@ def discriminator(
         f"accuracy {100 * record['accuracy']:.1f} % on {record['held_out']} held-out inputs; trained on "
         f"{record['real']} real and {record['synthetic']} written ones"
     )
+    if record["accuracy"] < POOR:
+        click.echo(
+            "it hardly tells them apart: more --epochs, or another filter (a task of plain words has no mark)"
+        )
     click.echo(f"written: {output}")
