@@ -38,12 +38,14 @@ def write(path: Path, results: Path) -> None:
 def _page(rows: Sequence[Row]) -> list[str]:
     chosen, means = _route(rows)
     settings = rows[0]["setting"]
+    flags = f"--count {settings['count']} --epochs {settings['epochs']} --limit {settings['limit']}"
+    flags += "".join(f" --task {name}" for name in dict.fromkeys(row["setting"]["task"] for row in rows))
     lines = [
         "# Moving adapters to another base: results",
         "",
         "Made by",
         "",
-        "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS",
+        f"    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS {flags}",
         "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS --page docs/TRANSFER-RESULTS.md",
         "",
         f"{date.today().isoformat()}; {_machine()}. Nothing here was measured on a GPU.",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorazip.errors import Defect, InputError, LorazipError, TransferError
 from lorazip.eval.backend import HasFactors
+from lorazip.eval.backend import digest as effect
 from lorazip.transfer import discriminator, synthesize, texts
 from lorazip.transfer.move import Move, pending
 from lorazip.transfer.recipe import digest
@@ -52,9 +53,11 @@ def key(move: Move, world: World, judged: bool) -> str:
     """What the inputs depend on."""
     recipe = move.recipe
     spec = recipe.inputs
-    judge = recipe.filter.discriminator if judged and judges(move) else ""
-    paths = [str(Path(judge).resolve()) if judge else "", asdict(spec) | {"seeds": "", "prompts": ""}]
-    return digest("inputs", paths, move.seeds, move.prompts, _writer(move, world), world.engine.name)
+    judge = ""
+    if judged and judges(move):  # by its effect: another may lie at the same place later
+        judge = effect(discriminator.read(Path(recipe.filter.discriminator)).adapter)
+    told = [judge, asdict(spec) | {"seeds": "", "prompts": ""}]
+    return digest("inputs", told, move.seeds, move.prompts, _writer(move, world), world.engine.name)
 
 
 def judges(move: Move) -> bool:

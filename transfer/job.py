@@ -108,41 +108,18 @@ def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "reci
     return found
 
 
-def run(
-    tables: Mapping[str, Any],
-    output: Path,
-    *,
-    engine: Engine,
-    table: Path | None = None,
-    until: Stage = "gate",
-    work: Path | None = None,
-    force: bool = False,
-    accept_worse: bool = False,
-    purge: bool = False,
-    progress: Progress = lambda what, done, total, note="": None,
-) -> list[Moved]:
+def run(tables: Mapping[str, Any], output: Path, *, table: Path | None = None, **options: Any) -> list[Moved]:
     """Move what a recipe says to a new base: the Python face of `lorazip transfer`.
 
     Args:
         tables: of the recipe.
         output: PEFT directory to make; with a table, a directory of them.
         table: many adapters, see `recipes_of`.
-        until, work, force, accept_worse, purge: see `move`.
+        options: see `move`.
     Returns:
         What became of each; in a job of one adapter an error is raised instead.
     """
-    found = move(
-        recipes_of(tables, table),
-        output,
-        engine=engine,
-        many=table is not None,
-        until=until,
-        work=work,
-        force=force,
-        accept_worse=accept_worse,
-        purge=purge,
-        progress=progress,
-    )
+    found = move(recipes_of(tables, table), output, many=table is not None, **options)
     if table is None and found[0].error is not None:
         raise found[0].error
     return found
@@ -344,9 +321,15 @@ def _moved(move: Move, judged: Judged | None) -> Moved:
 
 
 def _purge(folder: Path, moves: Sequence[Move]) -> None:
-    """Nothing of a synthetic set stays: not the answers either, which hold it too."""
+    """Nothing of a synthetic set stays: not the answers either, which hold it too.
+
+    What was trained and refused stays: it holds no text, and may be all that is left of hours.
+    """
     for move in moves:
-        shutil.rmtree(move.work)
+        if move.failed is None:
+            shutil.rmtree(move.work)
+        for name in (gather.DRAFTS, gather.INPUTS, teach.LABELLED):
+            (move.work / name).unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         folder.joinpath(FILE + suffix).unlink(missing_ok=True)
     if not any(folder.iterdir()):

@@ -22,7 +22,6 @@ from lorazip.transfer import assess, learn
 from lorazip.transfer.assess import Judged
 from lorazip.transfer.distill import ADAPTER
 from lorazip.transfer.move import STAGES, Move
-from lorazip.transfer.recipe import digest
 from lorazip.transfer.world import World
 
 SCHEMA = "lorazip.transfer/1"
@@ -33,7 +32,7 @@ PRIVATE = {
     "inputs": ("definition", "seeds", "prompts"),
     "filter": ("discriminator",),
     "gate": ("tests",),
-}  # paths, and texts of the task: said elsewhere by digest, or not at all
+}  # paths, and texts of the task; no digests of them either, by which a guess could be checked
 
 
 def document(world: World, move: Move, judged: Judged) -> dict[str, Any]:
@@ -42,6 +41,7 @@ def document(world: World, move: Move, judged: Judged) -> dict[str, Any]:
     for table, keys in PRIVATE.items():
         for key in keys:
             recipe[table].pop(key)
+    recipe["inputs"]["generator"] = shown(recipe["inputs"]["generator"])
     return {
         "schema": SCHEMA,
         "lorazip": __version__,
@@ -52,8 +52,7 @@ def document(world: World, move: Move, judged: Judged) -> dict[str, Any]:
             "adapter_sha256": move.digest,
         },
         "target": {"base": shown(world.target.name), "base_sha256": world.target.digest},
-        "seeds": {"count": len(move.seeds), "sha256": digest(move.seeds)},
-        "definition_sha256": digest(move.recipe.inputs.definition),
+        "seeds": {"count": len(move.seeds)},
         "recipe": recipe,
         "engine": world.engine.name,
         "stages": {stage: move.known(stage) for stage in STAGES if stage not in ("gate", "synthesise")},

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         click.echo(
-            "interrupted (compress goes on with --resume, eval where it stopped when it is run again)",
+            "interrupted (compress goes on with --resume, eval and transfer where they stopped when run again)",
             err=True,
         )
         sys.exit(130)
