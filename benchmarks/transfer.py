@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--limit", type=int, default=60, help="test examples (default: %(default)s)")
     add("--epochs", type=int, default=3, help="at most (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=[1e-3], help="learning rates (default: 1e-3)")
+    add("--judge-epochs", type=int, default=3, help="of the discriminator, at most (default: %(default)s)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the bases in training")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)
@@ -114,7 +115,10 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
     setting = {
         "task": name,
         "direction": direction,
-        **{key: getattr(options, key) for key in ("count", "limit", "epochs", "rates", "seed", "dtype")},
+        **{
+            key: getattr(options, key)
+            for key in ("count", "limit", "epochs", "rates", "judge_epochs", "seed", "dtype")
+        },
     }
     known = options.results.read_text().splitlines() if options.results.exists() else []
     if any(json.loads(line)["setting"] == setting for line in known):
@@ -160,7 +164,7 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
     row["validation"] = {
         one.name: one.judged.arms["transferred"]["score"].estimate for one in again if one.judged is not None
     }
-    row["engine"] = engine.name
+    row["engine"], row["threads"] = engine.name, options.threads
     with options.results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{name} {direction}: {row['minutes']} min", flush=True)
@@ -247,7 +251,7 @@ def _discriminator(place: Place, options: argparse.Namespace) -> tuple[Path, flo
             folder,
             engine=session.engine(options.backend, options.dtype, "auto"),
             definition=place.task.definition or "",
-            epochs=1,
+            epochs=options.judge_epochs,
             seed=options.seed,
             cache=place.work,
         )

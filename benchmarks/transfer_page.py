@@ -39,14 +39,21 @@ def _page(rows: Sequence[Row]) -> list[str]:
     chosen, means = _route(rows)
     settings = rows[0]["setting"]
     flags = f"--count {settings['count']} --epochs {settings['epochs']} --limit {settings['limit']}"
-    flags += "".join(f" --task {name}" for name in dict.fromkeys(row["setting"]["task"] for row in rows))
+    groups: dict[int, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row["setting"]["judge_epochs"], []).append(row["setting"]["task"])
+    script = "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS"
     lines = [
         "# Moving adapters to another base: results",
         "",
         "Made by",
         "",
-        f"    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS {flags}",
-        "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS --page docs/TRANSFER-RESULTS.md",
+        *(
+            f"{script} {flags} --judge-epochs {epochs}"
+            + "".join(f" --task {name}" for name in dict.fromkeys(names))
+            for epochs, names in sorted(groups.items())
+        ),
+        f"{script} --page docs/TRANSFER-RESULTS.md",
         "",
         f"{date.today().isoformat()}; {_machine()}. Nothing here was measured on a GPU.",
         "",
@@ -58,7 +65,8 @@ def _page(rows: Sequence[Row]) -> list[str]:
         "## Scores",
         "",
         "*Target base* is the better of zero-shot and five-shot. *Oracle* is trained on the target with the task's own "
-        "labelled data, as the source adapter was on the source.",
+        "labelled data, as the source adapter was on the source: with the whole train split, where *retained* has "
+        f"{settings['count']} inputs of it.",
         "",
         "| task | | source base | source adapter | target base | " + " | ".join(ROUTES) + " | oracle |",
         "| --- | --- " + "| ---: " * (4 + len(ROUTES)) + "|",
@@ -185,9 +193,12 @@ def _filters(rows: Sequence[Row]) -> list[str]:
 
 def _inputs(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| task | | discriminator's accuracy | written: unfiltered | discriminator | excess | nearest to a seed | "
-        "minutes, all arms |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "A cell is a source adapter, a discriminator, six transfers and an oracle, all scored on two splits. With one "
+        "thread, two cells ran side by side on the two cores.",
+        "",
+        "| task | | discriminator: epochs | accuracy | written: unfiltered | discriminator | excess | nearest to a seed "
+        "| threads | minutes a cell | training, minutes an adapter |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         cells = []
@@ -197,8 +208,9 @@ def _inputs(rows: Sequence[Row]) -> list[str]:
         found = row["routes"]["unfiltered"]["stages"].get("filter")
         near = f"{100 * found['overlap']['nearest']:.0f} %" if found else "–"
         lines.append(
-            f"| {row['setting']['task']} | {row['setting']['direction']} | "
-            f"{100 * row['discriminator_accuracy']:.0f} % | {' | '.join(cells)} | {near} | {row['minutes']} |"
+            f"| {row['setting']['task']} | {row['setting']['direction']} | {row['setting']['judge_epochs']} | "
+            f"{100 * row['discriminator_accuracy']:.0f} % | {' | '.join(cells)} | {near} | {row['threads']} | "
+            f"{row['minutes']} | {row['routes']['unfiltered']['stages']['train']['seconds'] / 60:.1f} |"
         )
     refused = [
         f"{row['setting']['task']} {row['setting']['direction']} {route}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,20 +212,43 @@ def load(base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     Raises:
         InputError: it cannot be loaded.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
+    with _opening(base):
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
+    anything: Any = model  # its `to` is typed for a decorator's sake
+    loaded: PreTrainedModel = anything.to(device).eval()
+    return loaded
+
+
+def skeleton(base: Path) -> PreTrainedModel:
+    """Its modules with their names and shapes, without weights.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _opening(base), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    return model
+
+
+@contextmanager
+def _opening(base: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             [Defect(str(base), problem=f"cannot be loaded as a base model: {error}", remedy="check --base")]
         ) from error
-    anything: Any = model  # its `to` is typed for a decorator's sake
-    loaded: PreTrainedModel = anything.to(device).eval()
-    return loaded
 
 
 def _take_ends(model: PreTrainedModel) -> set[int]:

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from lorazip.adapter import open_adapter
 from lorazip.errors import LorazipError, TransferError, UsageError
 from lorazip.eval import compare, plan, tasks
@@ -211,38 +209,42 @@ def _common(arms: Sequence[_Arm]) -> tuple[list[_Arm], int]:
 
 
 def _oracles(world: World, moves: Sequence[Move], work: Mapping[str, _Work]) -> None:
-    """Train them on one loaded base, and add them as arms."""
+    """Train them, and add them as arms."""
     if not moves:
         return
-    model = hf.load(world.target.path, _dtype(moves[0], world), world.engine.device)
+    skeleton = hf.skeleton(world.target.path)
+    planned = []
     for move in moves:
         with move.guarded():
-            one = work[move.name]
-            train = [
-                Sample(prompt, answer, (True,) * len(answer))
-                for example in one.task.shots
-                for prompt, answer in [
-                    (one.prompter.prompt(one.task, example), one.prompter.answer(example.output))
-                ]
-                if len(prompt) + len(answer) <= world.target.context
-            ]
-            if len(train) < teach.LEAST:
-                raise UsageError(
-                    f"{move.name}: gate.oracle needs {teach.LEAST} examples of the split train in gate.tests, "
-                    f"not {len(train)}"
-                )
-            learn.oracle(world, move, model, train)
+            planned.append(learn.oracle(world, move, skeleton, _solved(world, move, work[move.name])))
+    done = learn.fit_all(world, planned) if planned else {}
+    for move in alive(moves):
+        with move.guarded():
+            found, one = done[move.name], work[move.name]
+            if isinstance(found, LorazipError):
+                raise found
             name = f"oracle/{move.name}"
             one.adapters[name] = open_adapter(
                 learn.oracle_folder(move, world) / distill.ADAPTER, f"{move.name} oracle"
             )
             asked = next(arm.asked for arm in one.arms if arm.name == MOVED)
             one.arms.append(_Arm(ORACLE, world.target, name, asked))
-    del model
 
 
-def _dtype(move: Move, world: World) -> torch.dtype:
-    return learn.dtype_of(move.recipe.train, world)
+def _solved(world: World, move: Move, work: _Work) -> list[Sample]:
+    """What an oracle learns. Raises UsageError."""
+    found = []
+    for example in work.task.shots:
+        prompt = work.prompter.prompt(work.task, example)
+        answer = work.prompter.answer(example.output)
+        if len(prompt) + len(answer) <= world.target.context:
+            found.append(Sample(prompt, answer, (True,) * len(answer)))
+    if len(found) < teach.LEAST:
+        raise UsageError(
+            f"{move.name}: gate.oracle needs {teach.LEAST} examples of the split train in gate.tests, "
+            f"not {len(found)}"
+        )
+    return found
 
 
 def _calls(arm: _Arm) -> list[Call]:

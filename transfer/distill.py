@@ -1,6 +1,9 @@
 """Training an adapter on texts: transformers' Trainer on a PEFT model, with the loss on answers alone (batches.py).
 
 A fit is found again by its folder: a finished one is read, a killed one goes on from the last whole epoch.
+
+Several processes may call `fit` with the same arguments (fits.py): each takes its share of every batch, the first one
+writes.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +83,9 @@ def fit(
     if not train or not held_out:
         raise InputError([Defect(folder.name, problem="there is no sample to train on, or none is held out")])
     folder.mkdir(parents=True, exist_ok=True)
-    known = _known(folder)
-    if known is not None:
-        return known
+    before = known(folder)
+    if before is not None:
+        return before
     searched: dict[str, float] = {}
     seconds = 0.0
     rates = spec.learning_rates
@@ -107,14 +110,15 @@ def fit(
     log = _run(model, train, held_out, shape, spec, folder / "run", rate, seed, start, progress, True)
     best = min(range(len(log.losses)), key=lambda epoch: log.losses[epoch])
     found = Fitted(rate, searched, log.losses, best, log.steps, round(seconds + log.seconds, 1))
-    write_bytes(folder / FITTED, (json.dumps(asdict(found)) + "\n").encode())
-    for rest in [folder / "run", *folder.glob("search-*")]:
-        shutil.rmtree(rest, ignore_errors=True)
+    if _first():
+        write_bytes(folder / FITTED, (json.dumps(asdict(found)) + "\n").encode())
+        for rest in [folder / "run", *folder.glob("search-*")]:
+            shutil.rmtree(rest, ignore_errors=True)
     return found
 
 
-def _known(folder: Path) -> Fitted | None:
-    """What a finished fit came to."""
+def known(folder: Path) -> Fitted | None:
+    """What a finished fit came to; None where there is none."""
     try:
         found: dict[str, Any] = json.loads((folder / FITTED).read_bytes())
         return Fitted(**found) if (folder / ADAPTER).is_dir() else None
@@ -159,6 +163,7 @@ def _run(
     """One training run; the final one stops early and saves its best epoch beside `folder`."""
     from transformers import TrainingArguments
 
+    each = spec.batch // _processes()
     model = wrapped(base, shape, seed)
     try:
         if start is not None:
@@ -171,8 +176,8 @@ def _run(
         arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=epochs,
-            per_device_train_batch_size=spec.batch,
-            per_device_eval_batch_size=spec.batch,
+            per_device_train_batch_size=each,
+            per_device_eval_batch_size=each,
             gradient_accumulation_steps=spec.accumulation,
             learning_rate=rate,
             lr_scheduler_type="linear",
@@ -191,17 +196,19 @@ def _run(
             report_to=[],
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
             seed=seed,
             data_seed=seed,
             use_cpu=next(model.parameters()).device.type == "cpu",
         )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # else one process would split its batches over all GPUs
         end = model.generation_config.eos_token_id
         pad = int(end[0] if isinstance(end, list) else end or 0)  # behind the mask: any token will do
         trainer = _trainer(
             model,
             arguments,
             train,
-            held_out,
+            _filled(held_out, spec.batch),
             pad,
             progress,
             "training" if final else "searching",
@@ -221,7 +228,8 @@ def _run(
                     for name, p in model.named_parameters():
                         if name in first:
                             p.copy_(first[name])
-            _save(model, folder.parent / ADAPTER)
+            if _first():
+                _save(model, folder.parent / ADAPTER)
         return log
     finally:
         model.unload()
@@ -240,8 +248,29 @@ def _resumed(folder: Path) -> tuple[str | None, _Log]:
             state: dict[str, Any] = json.loads((path / "trainer_state.json").read_bytes())
             return str(path), _Log(state["log_history"], state["global_step"])
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # of several processes each tries
     return None, _Log([], 0)
+
+
+def _processes() -> int:
+    """That share this fit."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _first() -> bool:
+    """Whether this process is the one that writes."""
+    return _processes() == 1 or torch.distributed.get_rank() == 0
+
+
+def _filled(samples: Sequence[Sample], batch: int) -> list[Sample]:
+    """Samples, for several processes filled up with ones of no trained token to whole batches.
+
+    accelerate would fill up with the first ones again, and they would count twice.
+    """
+    more = -len(samples) % batch if _processes() > 1 else 0
+    nothing = replace(samples[0], trained=(False,) * len(samples[0].trained))
+    return [*samples, *[nothing] * more]
 
 
 def _save(model: PeftModel, target: Path) -> None:
@@ -276,7 +305,7 @@ def _trainer(
         ) -> Any:
             found = batches.losses(model, inputs)
             count = len(found) if num_items_in_batch is None else num_items_in_batch
-            loss = found.sum() / count
+            loss = found.sum() * self.args.world_size / count  # the mean of the processes' is taken
             return (loss, {}) if return_outputs else loss
 
         def prediction_step(

@@ -24,7 +24,7 @@ from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.files import locked
 from lorazip.sources import open_adapters
-from lorazip.transfer import assess, discriminator, gather, learn, probe, publish, teach, texts
+from lorazip.transfer import assess, discriminator, fits, gather, learn, probe, publish, teach, texts
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.assess import Judged
 from lorazip.transfer.move import STAGES, Move, alive
@@ -136,6 +136,7 @@ def move(
     force: bool = False,
     accept_worse: bool = False,
     purge: bool = False,
+    processes: int = 1,
     progress: Progress = lambda what, done, total, note="": None,
 ) -> list[Moved]:
     """Move adapters to a new base, all stages of all of them.
@@ -148,12 +149,14 @@ def move(
         work: folder of stages and answers; OUTPUT.work by default.
         force: replace what exists.
         accept_worse: write a transfer that the gate refuses, marked as such.
+        processes: that share the training of an adapter, each on a GPU of its own.
         purge: delete inputs, answers and all else in `work` of the transfers that came to their gate.
     Returns:
         What became of each.
     Raises:
         LorazipError: what concerns all of them: a base, the folders, names.
     """
+    fits.require(processes, engine.device, (one.train.batch for one in parsed))
     folder = work or output.with_name(f"{output.name}.work")
     if len({(one.source.base, one.target.base) for one in parsed}) > 1:
         raise UsageError("one job has one source.base and one target.base")
@@ -172,6 +175,7 @@ def move(
                 engine,
                 cache,
                 progress,
+                processes,
             )
             moves, lost = _moves(parsed, output, folder, many, until == "gate", force)
             judged = _stages(world, moves, until, force, accept_worse)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorazip.errors import Defect, InputError, TransferError
+from lorazip.errors import Defect, InputError, LorazipError, TransferError
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import HasFactors
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Example
-from lorazip.transfer import distill, excess, slots, teach, warm
+from lorazip.transfer import excess, fits, slots, teach, warm
 from lorazip.transfer.batches import Sample
+from lorazip.transfer.distill import Fitted
+from lorazip.transfer.fits import Fit
 from lorazip.transfer.move import Move, alive, pending
 from lorazip.transfer.recipe import Training, digest
 from lorazip.transfer.slots import Shape, Start
@@ -41,47 +42,60 @@ def train(world: World, moves: Sequence[Move]) -> None:
     todo = pending(moves, "train", lambda move: key(move, world))
     if not todo:
         return
-    starts: dict[str, Start | None] = {}
+    skeleton = hf.skeleton(world.target.path)
+    planned: dict[str, Fit] = {}
     for move in todo:
         with move.guarded():
-            starts[move.name] = _start(world, move)
-    model = hf.load(world.target.path, dtype_of(todo[0].recipe.train, world), world.engine.device)
+            planned[move.name] = _fit(world, move, skeleton)
+    if not planned:
+        return
+    done = fit_all(world, list(planned.values()))
     for move in alive(todo):
         with move.guarded():
-            shape = shape_of(move.adapter, move.recipe.train, model)
-            labelled = teach.read(move)
-            train, held = (samples(world, move, labelled, part) for part in (TRAIN, HELD_OUT))
-            found = distill.fit(
-                model,
-                train,
-                held,
-                shape,
-                move.recipe.train,
-                folder(move, world),
-                seed=move.recipe.inputs.seed,
-                start=starts[move.name],
-                progress=partial(_told, world, move.name),
-            )
-            if found.best == 0 and starts[move.name] is None:
+            one, found = planned[move.name], done[move.name]
+            if isinstance(found, LorazipError):
+                raise found
+            if found.best == 0 and one.start is None:
                 raise TransferError(
                     f"{move.name}: no epoch was better than no adapter at all on held-out answers (loss "
                     f"{found.losses[0]:.3f}, then {min(found.losses[1:]):.3f} at best): more inputs, or another "
                     "train.learning_rates"
                 )
             figures = asdict(found) | {
-                "samples": len(train),
-                "held_out": len(held),
-                "tokens": sum(sum(one.trained) for one in train),
-                "rank": shape.rank,
-                "alpha": shape.alpha,
-                "modules": len(shape.modules),
+                "samples": len(one.train),
+                "held_out": len(one.held_out),
+                "tokens": sum(sum(sample.trained) for sample in one.train),
+                "rank": one.shape.rank,
+                "alpha": one.shape.alpha,
+                "modules": len(one.shape.modules),
             }
             move.done("train", key(move, world), figures)
-    del model
 
 
-def _told(world: World, name: str, what: str, done: int, total: int) -> None:
-    world.progress(f"{name}: {what}", done, total)
+def fit_all(world: World, some: Sequence[Fit]) -> dict[str, Fitted | LorazipError]:
+    """Train on the target base. All fits of a job have the number type of the first."""
+    return fits.fit_all(
+        world.target.path,
+        some,
+        dtype=_dtype(some[0].spec, world),
+        device=world.engine.device,
+        processes=world.processes,
+        progress=lambda name, what, done, total: world.progress(f"{name}: {what}", done, total),
+    )
+
+
+def _fit(world: World, move: Move, skeleton: PreTrainedModel) -> Fit:
+    labelled = teach.read(move)
+    return Fit(
+        move.name,
+        samples(world, move, labelled, TRAIN),
+        samples(world, move, labelled, HELD_OUT),
+        shape_of(move.adapter, move.recipe.train, skeleton),
+        move.recipe.train,
+        folder(move, world),
+        move.recipe.inputs.seed,
+        _start(world, move),
+    )
 
 
 def folder(move: Move, world: World) -> Path:
@@ -156,7 +170,7 @@ def _start(world: World, move: Move) -> Start | None:
             return None
 
 
-def dtype_of(spec: Training, world: World) -> torch.dtype:
+def _dtype(spec: Training, world: World) -> torch.dtype:
     """The number type of the base in training."""
     if spec.dtype == "auto":
         return torch.float32 if world.engine.device.type == "cpu" else torch.bfloat16
@@ -164,13 +178,12 @@ def dtype_of(spec: Training, world: World) -> torch.dtype:
     return kind
 
 
-def oracle(world: World, move: Move, model: PreTrainedModel, train: Sequence[Sample]) -> distill.Fitted:
+def oracle(world: World, move: Move, skeleton: PreTrainedModel, train: Sequence[Sample]) -> Fit:
     """An adapter trained on the task's own labelled data: what a transfer could reach at best."""
     held = max(1, round(move.recipe.train.held_out * len(train)))
     spec = replace(move.recipe.train, loss="labels", warm="none")
-    shape = shape_of(move.adapter, spec, model)
-    where = oracle_folder(move, world)
-    return distill.fit(model, train[held:], train[:held], shape, spec, where, seed=move.recipe.inputs.seed)
+    shape, where = shape_of(move.adapter, spec, skeleton), oracle_folder(move, world)
+    return Fit(move.name, train[held:], train[:held], shape, spec, where, move.recipe.inputs.seed)
 
 
 def oracle_folder(move: Move, world: World) -> Path:

@@ -72,13 +72,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class World:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        processes: that share the training of an adapter.
+    """
 
     source: Base
     target: Base
     engine: Engine
     cache: Cache
     progress: Progress
+    processes: int = 1
 
     def base(self, name: str) -> Base:
         """Another model. Raises InputError."""

@@ -60,6 +60,8 @@ def _options(function: _Command) -> _Command:
             click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                          show_default=True, help="Of models that answer."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+            click.option("--processes", type=int, default=1, show_default=True, metavar="N",
+                         help="That share every batch in training: as many GPUs."),
             click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON."),
         ]
     ):  # fmt: skip
@@ -108,6 +110,7 @@ def _run(until: job.Stage, options: dict[str, Any], **more: Any) -> None:
             table=options["table"],
             until=until,
             work=options["work"],
+            processes=options["processes"],
             progress=progress,
             **more,
         )
