@@ -196,8 +196,8 @@ def _inputs(rows: Sequence[Row]) -> list[str]:
         "A cell is a source adapter, a discriminator, six transfers and an oracle, all scored on two splits. With one "
         "thread, two cells ran side by side on the two cores.",
         "",
-        "| task | | discriminator: epochs | accuracy | written: unfiltered | discriminator | excess | nearest to a seed "
-        "| threads | minutes a cell | training, minutes an adapter |",
+        "| task | | discriminator: epochs | accuracy | written: unfiltered | discriminator | excess | nearest to "
+        "a seed | threads | minutes a cell | training, minutes an adapter |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
