@@ -32,11 +32,11 @@ def locate(base: str) -> Path:
                 [Defect(base, problem=f"the Hub does not give it: {error}", remedy=remedy)]
             ) from error
     if not path.exists():
-        remedy = "check --base: a directory, or a Hub id (org/name)"
+        remedy = "a base model is a directory, or a Hub id (org/name)"
         raise InputError([Defect(base, problem="does not exist", remedy=remedy)])
     if not (path / "config.json").is_file():
         raise InputError(
-            [Defect(base, problem="is no base model: it has no config.json", remedy="check --base")]
+            [Defect(base, problem="is no base model: it has no config.json", remedy="give its own directory")]
         )
     if not any(path.glob("*.safetensors")):
         problem = "has no safetensors weights; pickles can run code when they are loaded, and are not read"

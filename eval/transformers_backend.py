@@ -247,7 +247,11 @@ def _opening(base: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            [Defect(str(base), problem=f"cannot be loaded as a base model: {error}", remedy="check --base")]
+            [
+                Defect(
+                    str(base), problem=f"cannot be loaded as a base model: {error}", remedy="check its files"
+                )
+            ]
         ) from error
 
 

@@ -94,7 +94,9 @@ def require(processes: int, device: torch.device, batches: Iterable[int]) -> Non
         raise UsageError(f"--processes {processes}: {torch.cuda.device_count()} GPUs are visible")
     for batch in batches:
         if batch % processes:
-            raise UsageError(f"train.batch = {batch} cannot be shared by --processes {processes}")
+            raise UsageError(
+                f"train.batch = {batch} cannot be shared by --processes {processes} (give a multiple of it)"
+            )
 
 
 def _here(

@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorazip import names
 from lorazip.bundle import MANIFEST, Bundle
 from lorazip.errors import Defect, InputError, LorazipError, TargetError, TransferError, UsageError, printable
 from lorazip.eval import rows
+from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import HasFactors, digest
 from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.files import locked
 from lorazip.sources import open_adapters
-from lorazip.transfer import assess, discriminator, fits, gather, learn, probe, publish, teach, texts
+from lorazip.transfer import assess, discriminator, fits, gather, learn, probe, publish, teach, texts, warm
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.assess import Judged
 from lorazip.transfer.move import STAGES, Move, alive
 from lorazip.transfer.recipe import Recipe
 from lorazip.transfer.world import World, located
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Stage = Literal["probe", "synthesise", "filter", "label", "train", "evaluate", "gate"]
 COLUMNS = {
@@ -98,14 +102,21 @@ def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "reci
             )
         settings = {name: dict(value) for name, value in tables.items()}
         for name, value in row.items():
-            if name in _FILES and (table.parent / value).exists():
-                value = str(table.parent / value)
+            if name in _FILES and value:
+                value = recipes.beside(table.parent, value, name)
             section, key = COLUMNS[name]
             settings.setdefault(section, {})[key] = value
         found.append(recipes.parse(settings, line))
     if not found:
         raise InputError([Defect(str(table), problem="has no line", remedy='{"adapter": "…", "seeds": "…"}')])
+    _require_different(one.source.name or Path(one.source.adapter).name for one in found)
     return found
+
+
+def _require_different(chosen: Iterable[str]) -> None:
+    for name, group in names.twins(chosen).items():
+        given = printable(", ".join(group))
+        raise UsageError(f"two transfers are called {printable(name)} ({given}): give names in the table")
 
 
 def run(tables: Mapping[str, Any], output: Path, *, table: Path | None = None, **options: Any) -> list[Moved]:
@@ -162,6 +173,7 @@ def move(
         raise UsageError("one job has one source.base and one target.base")
     if folder.resolve() == output.resolve() or output.resolve().is_relative_to(folder.resolve()):
         raise UsageError("the result must not lie in --work, which may be deleted (choose another)")
+    moves, lost = _moves(parsed, output, folder, many, until == "gate", force)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -177,7 +189,8 @@ def move(
                 progress,
                 processes,
             )
-            moves, lost = _moves(parsed, output, folder, many, until == "gate", force)
+            for one in moves:
+                one.work.mkdir(parents=True, exist_ok=True)
             judged = _stages(world, moves, until, force, accept_worse)
         finally:
             cache.close()
@@ -199,9 +212,10 @@ def _stages(
         "evaluate": assess.evaluate,
     }
     judged: dict[str, Judged] = {}
+    skeleton = hf.skeleton(world.target.path)
     for move in moves:
         with move.guarded():
-            _check(world, move)
+            _check(world, move, skeleton)
     for stage in STAGES[: STAGES.index(until) + 1]:
         if stage == "synthesise" and until != "synthesise":
             continue  # the filter's rounds begin with the same one
@@ -220,11 +234,14 @@ def _stages(
     return judged
 
 
-def _check(world: World, move: Move) -> None:
+def _check(world: World, move: Move, skeleton: PreTrainedModel) -> None:
     """What a later stage would find missing, found before hours of work."""
     source, target = move.recipe.prompting
     world.source.prompter(*source)
     world.target.prompter(*target)
+    learn.shape_of(move.adapter, move.recipe.train, skeleton)
+    if move.recipe.train.warm == "copy":
+        warm.copied(move.adapter, world.target.path)
     gather.generator(move, world)
     if gather.judges(move):
         discriminator.read(Path(move.recipe.filter.discriminator))
@@ -258,10 +275,7 @@ def _moves(
             if not many:
                 raise
             lost.append(Moved(name, None, {}, None, error))
-    for name, group in names.twins(move.name for move in found).items():
-        raise UsageError(f"two transfers are called {name} ({', '.join(group)}): give names in the table")
-    for move in found:
-        move.work.mkdir(parents=True, exist_ok=True)
+    _require_different(move.name for move in found)
     return found, lost
 
 

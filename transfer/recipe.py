@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from lorazip.errors import UsageError, printable
 from lorazip.eval.prompts import TEMPLATE
+from lorazip.eval.spec import AUTO, PRIMARY
 
 Filter = Literal["none", "discriminator", "excess", "both"]
 Warm = Literal["none", "copy", "map"]
@@ -209,9 +210,21 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         if isinstance(found, dict):
             for key in keys:
                 value = found.get(key)
-                if isinstance(value, str) and value and (path.parent / value).exists():
-                    found[key] = str(path.parent / value)
+                if isinstance(value, str) and value:
+                    found[key] = beside(path.parent, value, key)
     return tables
+
+
+def beside(folder: Path, value: str, key: str) -> str:
+    """A path as the file in `folder` means it. What stands in the working directory by chance is not meant.
+
+    A Hub id (org/name) that is no file there stays what it is, and so does the word for a generator.
+    """
+    hub = value.count("/") == 1 and not value.startswith((".", "/")) and not Path(value).exists()
+    word = key == "generator" and value in ("target", "source", "expert")
+    if word or (key in HUB and hub and not (folder / value).exists()):
+        return value
+    return str(folder / value)
 
 
 PATHS = {
@@ -220,7 +233,8 @@ PATHS = {
     "inputs": ("seeds", "prompts", "generator"),
     "filter": ("discriminator",),
     "gate": ("tests",),
-}  # a Hub id, which is no file beside the recipe, stays what it is
+}
+HUB = ("base", "adapter", "generator")  # keys that may name something on the Hub
 
 
 def overridden(tables: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -353,6 +367,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         (0 < t.held_out <= 0.5, "train.held_out must be above 0 and at most 0.5"),
         (t.kind == "lora" or t.warm == "none", 'train.warm needs train.kind = "lora"'),
         (g.limit >= 1, "gate.limit must be at least 1"),
+        (g.metric in (AUTO, *PRIMARY), f"gate.metric must be one of {', '.join((AUTO, *PRIMARY))}"),
         (g.shots >= 0, "gate.shots must not be negative"),
         (not g.oracle or bool(g.tests), "gate.oracle needs gate.tests"),
     ]

@@ -121,8 +121,14 @@ def _run(until: job.Stage, options: dict[str, Any], **more: Any) -> None:
             _show(one, until)
     failed = [one for one in moved if one.error is not None]
     if failed:
-        lines = [str(one.error) for one in failed]
+        lines = [_named(one) for one in failed]
         raise TransferError("\n".join([f"{len(failed)} of {len(moved)} transfers failed:", *lines]))
+
+
+def _named(one: job.Moved) -> str:
+    """An error that says whose it is."""
+    name, text = printable(one.name), str(one.error)
+    return text if text.startswith(f"{name}: ") else f"{name}: {text}"
 
 
 def _show(one: job.Moved, until: str) -> None:
@@ -254,7 +260,7 @@ def validate(recipe: Path, table: Path | None, settings: tuple[str, ...], as_jso
     if as_json:
         render.as_json([one.document() for one in found])
         return
-    click.echo(f"{recipe}: valid, {units.counted(len(found), 'transfer')}")
+    click.echo(f"{recipe}: valid, {units.counted(len(found), 'transfer')}; files in it were not looked for")
 
 
 @transfer.command(

@@ -117,10 +117,10 @@ REFUSED = {
     f"{ALL} --template 'Q: {{question}}'": "the template has no {input}",
     f"{ALL} --chat": "this model's tokenizer has no chat template (leave --chat out)",
     # the base
-    f"{ALL} --base nowhere": "nowhere: does not exist (check --base: a directory, or a Hub id (org/name))",
+    f"{ALL} --base nowhere": "nowhere: does not exist (a base model is a directory, or a Hub id (org/name))",
     f"{ALL} --base org/model": "org/model: the Hub does not give it: ",
-    f"{ALL} --base zoo": "zoo: is no base model: it has no config.json (check --base)",
-    f"{ALL} --base model/config.json": "is no base model: it has no config.json (check --base)",
+    f"{ALL} --base zoo": "zoo: is no base model: it has no config.json (give its own directory)",
+    f"{ALL} --base model/config.json": "is no base model: it has no config.json (give its own directory)",
     # tasks
     f"{ALL} --tasks nowhere": "nowhere: is no source of tasks (name a directory of JSONL files",
     f"{ALL} --tasks model": "model: holds no tasks: there is no JSONL file below it (of a CSV",

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorazip.errors import UsageError
+from lorazip.transfer import job
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.recipe import Recipe
 
@@ -103,6 +104,7 @@ OUT_OF_RANGE = {
     "train__patience": 0,
     "train__held_out": 0.6,
     "gate__limit": 0,
+    "gate__metric": "nope",
     "gate__shots": -1,
     "gate__oracle": True,
 }
@@ -163,22 +165,22 @@ RECIPES = st.builds(
     Recipe,
     source=st.builds(
         recipes.Source,
-        base=st.just("old"),
-        adapter=st.just("ant"),
+        base=st.just("org/old"),
+        adapter=st.just("org/ant"),
         name=TEXT,
         template=TEXT.map(lambda text: text + "{input}"),
         chat=st.booleans(),
     ),
     target=st.builds(
         recipes.Target,
-        base=st.just("new"),
+        base=st.just("org/new"),
         template=st.none() | TEXT.map(lambda text: "{input}" + text),
         chat=st.none() | st.booleans(),
     ),
     inputs=st.builds(
         recipes.Inputs,
         definition=TEXT,
-        seeds=st.just("seeds.txt"),
+        seeds=st.just("/data/seeds.txt"),
         count=st.integers(1, 10**6),
         generator=st.sampled_from(["target", "source", "expert", "org/other"]),
         shots=st.integers(1, 50),
@@ -275,6 +277,26 @@ def test_paths_are_relative_to_the_recipe_and_hub_ids_stay(
     assert found.source.name == "seeds.txt"  # no path
     assert Path(found.inputs.seeds) == Path(found.inputs.prompts) == folder / "seeds.txt"
     assert found.inputs.generator == "target"
+
+
+def test_file_of_the_working_directory_is_not_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    here = tmp_path / "here"
+    (here / "org" / "old").mkdir(parents=True)
+    (here / "seeds.txt").touch()
+    monkeypatch.chdir(here)
+    path = tmp_path / "recipes" / "move.toml"
+    path.write_text('[source]\nbase = "org/old"\nadapter = "ant"\n[inputs]\nseeds = "seeds.txt"\n')
+    found = recipes.read(path)
+    assert found["source"] == {"base": str(path.parent / "org/old"), "adapter": str(path.parent / "ant")}
+    assert found["inputs"] == {"seeds": str(path.parent / "seeds.txt")}
+
+
+def test_names_of_a_table_are_different(tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"adapter": "a/ant"}\n{"adapter": "b/Ant"}\n')
+    with pytest.raises(UsageError, match=r"two transfers are called ant \(Ant, ant\)"):
+        job.recipes_of(LEAST, table)
 
 
 @pytest.mark.parametrize("data", [b"[source\n", b"\xff\xfe", b"[a]\nb = 1\nb = 2\n", None])

@@ -303,6 +303,7 @@ def test_what_exists_is_never_harmed(place: Place, tmp_path: Path) -> None:
         ({"gate": {"tests": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"inputs": {"generator": "no-such-model"}}, "no-such-model: does not exist"),
         ({"filter": {"kind": "discriminator", "discriminator": "nothing"}}, "nothing"),
+        ({"train": {"modules": ["nope"]}}, "nope: is no linear layer"),
     ],
 )
 def test_what_is_missing_at_the_end_is_missed_before_a_model_is_asked(
@@ -314,6 +315,15 @@ def test_what_is_missing_at_the_end_is_missed_before_a_model_is_asked(
     with pytest.raises(LorazipError, match=said):
         run(place, tmp_path / "moved", tables=tables, progress=stopping(lambda what, done: True))
     assert not (tmp_path / "moved").exists()
+
+
+def test_call_that_cannot_begin_leaves_nothing(place: Place, tmp_path: Path) -> None:
+    for section, table in (("inputs", {"seeds": "gone"}), ("source", {"adapter": "gone"})):
+        tables = place.tables()
+        tables[section] = tables[section] | table
+        with pytest.raises(LorazipError, match="gone"):
+            run(place, tmp_path / "moved", tables=tables)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_jobs_in_one_folder_do_not_meet(place: Place, tmp_path: Path) -> None:
