@@ -98,7 +98,7 @@ class Filtering:
         keep_samples, keep_tokens: shares that `excess` keeps, the best first (TiTok: one half and 0.7).
     """
 
-    kind: Filter = "excess"
+    kind: Filter = "none"
     discriminator: str = ""
     keep_samples: float = 0.5
     keep_tokens: float = 0.7

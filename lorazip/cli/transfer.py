@@ -44,7 +44,7 @@ def _options(function: _Command) -> _Command:
             click.option("--prompts", metavar="FILE", help="Retained inputs without answers, used as they are."),
             click.option("--count", type=int, metavar="N", help="Synthetic inputs. Default: 250."),
             click.option("--filter", "kind", type=click.Choice(["none", "discriminator", "excess", "both"]),
-                         help="Which inputs and answers are trained on. Default: excess."),
+                         help="Which inputs and answers are trained on. Default: none."),
             click.option("--discriminator", metavar="DIR", help="A trained one, for --filter discriminator."),
             click.option("--tests", metavar="FILE", help="Labelled task for the gate. Default: agreement."),
             click.option("--set", "settings", multiple=True, metavar="TABLE.KEY=VALUE",
