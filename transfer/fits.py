@@ -33,6 +33,7 @@ from lorazip.transfer.recipe import Training
 from lorazip.transfer.slots import Shape, Start
 
 PLAN, FACTORS, SAMPLES = "plan.json", "start.safetensors", "samples.jsonl"
+SCRATCH = ".fits-"  # begins the name of a folder of texts, there while processes train on them
 MARK = "lorazip:"  # begins a line of the first process that is meant for the one that started it
 WATCH = 1.0  # seconds between two looks whether that one still lives
 
@@ -139,7 +140,7 @@ def _spread(
     for one in fits:
         one.folder.mkdir(parents=True, exist_ok=True)
     # Beside the fits, where a job's texts are, and not among temporary files of the machine.
-    with tempfile.TemporaryDirectory(dir=fits[0].folder.parent, prefix=".fits-") as scratch:
+    with tempfile.TemporaryDirectory(dir=fits[0].folder.parent, prefix=SCRATCH) as scratch:
         folder = Path(scratch)
         _write(folder, base, fits, dtype, device)
         threads = max(1, torch.get_num_threads() // processes)

@@ -348,6 +348,8 @@ def _purge(folder: Path, moves: Sequence[Move]) -> None:
             shutil.rmtree(move.work)
         for name in (gather.DRAFTS, gather.INPUTS, teach.LABELLED):
             (move.work / name).unlink(missing_ok=True)
+        for left in move.work.rglob(f"{fits.SCRATCH}*"):  # of a job that was killed: texts as tokens
+            shutil.rmtree(left)
     for suffix in ("", "-wal", "-shm"):
         folder.joinpath(FILE + suffix).unlink(missing_ok=True)
     if not any(folder.iterdir()):

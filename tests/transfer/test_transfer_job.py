@@ -205,10 +205,12 @@ def test_worse_than_the_bare_base_is_refused(
     run(place, tmp_path / "first", tables=tables, work=tmp_path / "work")
     monkeypatch.setattr(assess, "read", worse)
     options: dict[str, Any] = {"tables": tables, "work": tmp_path / "work"}
+    (tmp_path / "work" / "transfer" / "training" / ".fits-killed" / "0").mkdir(parents=True)
     with pytest.raises(TransferError, match="refused: its token loss is above") as refused:
         run(place, tmp_path / "moved", accept_worse=False, purge=True, **options)
     # Of what was purged all texts are gone; the adapter is not, and can still be taken.
     left = {path.name for path in (tmp_path / "work" / "transfer").iterdir()}
+    assert not list(tmp_path.rglob(".fits-*"))
     assert "training" in left and not left & {"drafts.jsonl", "inputs.jsonl", "labelled.jsonl"}
     assert refused.value.exit_code == 1 and not (tmp_path / "moved").exists()
     (moved,) = run(place, tmp_path / "moved", accept_worse=True, **options)
