@@ -273,6 +273,8 @@ def _child(folder: Path) -> None:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
+    # Before anything asks how many share a batch; the Trainer would begin it only after that.
+    torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
 
     def tell(**what: Any) -> None:
         if first:

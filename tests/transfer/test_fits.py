@@ -77,7 +77,7 @@ def assert_same(one: Path, other: Path) -> None:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulation": 3}])
+@pytest.mark.parametrize("more", [{}, {"learning_rates": (1e-2,)}, {"accumulation": 3}])
 def test_two_processes_learn_what_one_learns(
     base: Path, tmp_path: Path, more: dict[str, Any], threads: None
 ) -> None:
