@@ -6,6 +6,7 @@ layers, from wherever they are (a PEFT directory, a bundle), without a file or a
 
 from __future__ import annotations
 
+import gc
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
@@ -87,8 +88,7 @@ class TransformersBackend:
     def close(self) -> None:
         """Drop the model."""
         del self.model
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(self._device)
 
     def _acting(self, key: str | None) -> Any:
         """A context in which this adapter acts; for None, in which none does."""
@@ -221,6 +221,13 @@ def load(base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     anything: Any = model  # its `to` is typed for a decorator's sake
     loaded: PreTrainedModel = anything.to(device).eval()
     return loaded
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of a model that is no more, to vLLM or another process."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def skeleton(base: Path) -> PreTrainedModel:

@@ -125,6 +125,8 @@ def collect(
             made = model.base_model(ids, output_hidden_states=modules is None, use_cache=False)
             for layer, state in enumerate((made.hidden_states or ())[1:]):
                 states.put(str(layer), state)
+    del model
+    hf.free(device)
     for rows in (states, inputs, outputs):
         rows.check(base)
     for name in modules or ():

@@ -213,11 +213,11 @@ def _oracles(world: World, moves: Sequence[Move], work: Mapping[str, _Work]) -> 
     if not moves:
         return
     skeleton = hf.skeleton(world.target.path)
-    planned = []
+    planned = {}
     for move in moves:
         with move.guarded():
-            planned.append(learn.oracle(world, move, skeleton, _solved(world, move, work[move.name])))
-    done = learn.fit_all(world, planned) if planned else {}
+            planned[move.name] = learn.oracle(world, move, skeleton, _solved(world, move, work[move.name]))
+    done = learn.fit_all(world, list(planned.values())) if planned else {}
     for move in alive(moves):
         with move.guarded():
             found, one = done[move.name], work[move.name]
@@ -225,7 +225,7 @@ def _oracles(world: World, moves: Sequence[Move], work: Mapping[str, _Work]) -> 
                 raise found
             name = f"oracle/{move.name}"
             one.adapters[name] = open_adapter(
-                learn.oracle_folder(move, world) / distill.ADAPTER, f"{move.name} oracle"
+                planned[move.name].folder / distill.ADAPTER, f"{move.name} oracle"
             )
             asked = next(arm.asked for arm in one.arms if arm.name == MOVED)
             one.arms.append(_Arm(ORACLE, world.target, name, asked))

@@ -12,12 +12,13 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Sampler
 
 from lorazip.errors import Defect, InputError
 from lorazip.files import write_bytes
@@ -110,6 +111,8 @@ def fit(
     log = _run(model, train, held_out, shape, spec, folder / "run", rate, seed, start, progress, True)
     best = min(range(len(log.losses)), key=lambda epoch: log.losses[epoch])
     found = Fitted(rate, searched, log.losses, best, log.steps, round(seconds + log.seconds, 1))
+    if _processes() > 1:
+        torch.distributed.barrier()  # a slower one may still be reading the best epoch
     if _first():
         write_bytes(folder / FITTED, (json.dumps(asdict(found)) + "\n").encode())
         for rest in [folder / "run", *folder.glob("search-*")]:
@@ -273,6 +276,28 @@ def _filled(samples: Sequence[Sample], batch: int) -> list[Sample]:
     return [*samples, *[nothing] * more]
 
 
+class _Shuffled(Sampler[int]):
+    """The first `count` of `total` samples in another order each epoch, then the rest, which only fill a batch.
+
+    As accelerate's SeedableRandomSampler draws them; but for that one it would fill batches itself.
+    """
+
+    def __init__(self, count: int, total: int, seed: int):
+        self.count, self.total, self.seed, self.epoch = count, total, seed, 0
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        yield from drawn.tolist()
+        yield from range(self.count, self.total)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before every epoch, a resumed one too."""
+        self.epoch = epoch
+
+
 def _save(model: PeftModel, target: Path) -> None:
     """PEFT's own directory, whole or not there."""
     fresh = target.with_name(f".{target.name}.tmp")
@@ -298,15 +323,19 @@ def _trainer(
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     each = sum(sum(sample.trained) for sample in held_out) / len(held_out)  # tokens of a sample
+    filled = _filled(train, arguments.per_device_train_batch_size * arguments.world_size)
 
     class Ours(Trainer):
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             found = batches.losses(model, inputs)
-            count = len(found) if num_items_in_batch is None else num_items_in_batch
-            loss = found.sum() * self.args.world_size / count  # the mean of the processes' is taken
+            # All trained tokens of the step, in all processes; the mean of their gradients is taken.
+            loss = found.sum() * self.args.world_size / num_items_in_batch
             return (loss, {}) if return_outputs else loss
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return _Shuffled(len(train), len(filled), arguments.data_seed)
 
         def prediction_step(
             self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -335,10 +364,11 @@ def _trainer(
     trainer = Ours(
         model=model,
         args=arguments,
-        train_dataset=list(train),
+        train_dataset=filled,
         eval_dataset=list(held_out),
         data_collator=lambda samples: batches.collated(samples, pad),
         callbacks=[Watch()],
     )
+    trainer.model_accepts_loss_kwargs = True  # the loss is ours, whatever the model accepts: count its tokens
     trainer.remove_callback(PrinterCallback)
     return trainer

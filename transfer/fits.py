@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorazip.errors import LorazipError, TransferError, UsageError
+import lorazip
+from lorazip.errors import LorazipError, TransferError, UsageError, printable
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Tops
 from lorazip.transfer import distill
@@ -35,7 +36,6 @@ from lorazip.transfer.slots import Shape, Start
 PLAN, FACTORS, SAMPLES = "plan.json", "start.safetensors", "samples.jsonl"
 SCRATCH = ".fits-"  # begins the name of a folder of texts, there while processes train on them
 MARK = "lorazip:"  # begins a line of the first process that is meant for the one that started it
-WATCH = 1.0  # seconds between two looks whether that one still lives
 
 Progress = Callable[[str, str, int, int], None]  # fit, what, done, total
 
@@ -111,7 +111,16 @@ def _here(
             found[one.name] = _fit(model, one, partial(progress, one.name))
         except LorazipError as error:
             found[one.name] = error
+        except (RuntimeError, OSError, EOFError) as error:  # memory, a disk, a damaged checkpoint
+            found[one.name] = _ended(one, f"training ended: {error}")
+    del model
+    hf.free(device)
     return found
+
+
+def _ended(one: Fit, why: str) -> TransferError:
+    remedy = f"lower train.batch or train.rank; if it ends so again, delete {one.folder}"
+    return TransferError(f"{one.name}: {printable(why)} ({remedy})")
 
 
 def _fit(model: Any, one: Fit, progress: distill.Progress) -> Fitted:
@@ -148,13 +157,24 @@ def _spread(
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
             *(str(processes), "-m", __spec__.name, str(folder)),
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        here = str(Path(lorazip.__file__).parent.parent)
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
+            "PYTHONSAFEPATH": "1",  # -m would import what lies in the working directory
+        }
         if device.type == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"
         with (
-            (folder / "stderr").open("w+") as errors,
+            (folder / "stderr").open("w+", errors="replace") as errors,
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment
+                command,
+                stdin=subprocess.PIPE,  # its end is ours: _end_with_parent
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                errors="replace",
+                env=environment,
             ) as process,
         ):
             try:
@@ -163,7 +183,7 @@ def _spread(
                 process.terminate()  # a job that is stopped; one that has ended is past it
                 process.wait()
             errors.seek(0)
-            said = [line.strip() for line in errors if "Error" in line]
+            why = _why(errors) or f"exit code {process.returncode}"
     found: dict[str, Fitted | LorazipError] = dict(failed)
     for one in fits:
         fitted = distill.known(one.folder)
@@ -171,9 +191,17 @@ def _spread(
             found[one.name] = fitted
     lost = next((one for one in fits[at:] if one.name not in found), None)
     if lost is not None:
-        why = said[0] if said else f"exit code {process.returncode}"
-        found[lost.name] = TransferError(f"{lost.name}: training on {processes} processes ended: {why}")
+        found[lost.name] = _ended(lost, f"training on {processes} processes ended: {why}")
     return found
+
+
+def _why(errors: Iterable[str]) -> str:
+    """What ended processes, by what they wrote: an exception that is their own, else a signal."""
+    plain = [re.sub(r"^\[rank\d+\]: ?", "", line.rstrip()) for line in errors]
+    raised = [line for line in plain if re.match(r"[\w.]+(Error|Exception)\b(: |$)", line)]
+    own = [line for line in raised if not re.search("ChildFailed|DistBackend|onnection", line)]
+    signals = [found[0] for line in plain if (found := re.search(r"Signal \d+ \(\w+\)", line))]
+    return next(iter([*own, *signals, *raised]), "")
 
 
 def _followed(
@@ -221,7 +249,6 @@ def _write(folder: Path, base: Path, fits: Sequence[Fit], dtype: torch.dtype, de
             }
         )
     plan = {
-        "parent": os.getpid(),
         "base": str(base),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
@@ -268,7 +295,7 @@ def _samples(path: Path) -> Iterator[Sample]:
 def _child(folder: Path) -> None:
     """One of the processes."""
     plan = _plan(folder)
-    threading.Thread(target=_end_with, args=(plan["parent"],), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
     first, place = os.environ["RANK"] == "0", torch.device(plan["device"])
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -280,7 +307,12 @@ def _child(folder: Path) -> None:
         if first:
             print(MARK + json.dumps(what), flush=True)
 
-    model = hf.load(Path(plan["base"]), getattr(torch, plan["dtype"]), place)
+    try:
+        model = hf.load(Path(plan["base"]), getattr(torch, plan["dtype"]), place)
+    except LorazipError as error:
+        for number in range(len(plan["fits"])):
+            tell(fit=number, error=str(error))
+        return
     for number, told in enumerate(plan["fits"]):
         tell(fit=number, what="training", done=0, total=0)
         try:
@@ -297,14 +329,14 @@ def _step(number: int, tell: Callable[..., None], what: str, done: int, total: i
     tell(fit=number, what=what, done=done, total=total)
 
 
-def _end_with(parent: int) -> None:
-    """A job that was killed must not train on beside the one that is started after it."""
-    while True:
-        try:
-            os.kill(parent, 0)
-        except ProcessLookupError:
-            os._exit(1)
-        time.sleep(WATCH)
+def _end_with_parent(descriptor: int) -> None:
+    """A job that was killed must not train on beside the one that is started after it.
+
+    Nothing is ever written to this pipe; it is at its end when the process that holds the other one is gone.
+    """
+    while os.read(descriptor, 1):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ def move(
     except OSError as error:
         raise TargetError(f"{folder} cannot be made: {error.strerror} (choose another --work)") from error
     with locked(folder):
+        for left in list(folder.rglob(f"{fits.SCRATCH}*")):  # of a job that was killed: texts as tokens
+            shutil.rmtree(left)
         cache = Cache(folder)
         try:
             world = World(
@@ -212,10 +214,11 @@ def _stages(
         "evaluate": assess.evaluate,
     }
     judged: dict[str, Judged] = {}
-    skeleton = hf.skeleton(world.target.path)
-    for move in moves:
-        with move.guarded():
-            _check(world, move, skeleton)
+    if until != "probe":  # which says what is possible
+        skeleton = hf.skeleton(world.target.path)
+        for move in moves:
+            with move.guarded():
+                _check(world, move, skeleton)
     for stage in STAGES[: STAGES.index(until) + 1]:
         if stage == "synthesise" and until != "synthesise":
             continue  # the filter's rounds begin with the same one
@@ -348,8 +351,6 @@ def _purge(folder: Path, moves: Sequence[Move]) -> None:
             shutil.rmtree(move.work)
         for name in (gather.DRAFTS, gather.INPUTS, teach.LABELLED):
             (move.work / name).unlink(missing_ok=True)
-        for left in move.work.rglob(f"{fits.SCRATCH}*"):  # of a job that was killed: texts as tokens
-            shutil.rmtree(left)
     for suffix in ("", "-wal", "-shm"):
         folder.joinpath(FILE + suffix).unlink(missing_ok=True)
     if not any(folder.iterdir()):

@@ -182,12 +182,8 @@ def oracle(world: World, move: Move, skeleton: PreTrainedModel, train: Sequence[
     """An adapter trained on the task's own labelled data: what a transfer could reach at best."""
     held = max(1, round(move.recipe.train.held_out * len(train)))
     spec = replace(move.recipe.train, loss="labels", warm="none")
-    shape, where = shape_of(move.adapter, spec, skeleton), oracle_folder(move, world)
-    return Fit(move.name, train[held:], train[:held], shape, spec, where, move.recipe.inputs.seed)
-
-
-def oracle_folder(move: Move, world: World) -> Path:
-    """Where the oracle of these options is."""
-    r = move.recipe
-    told = [asdict(r.train), r.prompting[1], r.inputs.definition, r.inputs.seed, asdict(r.gate)]
-    return move.work / ORACLE / digest("oracle", told, world.target.digest)
+    shape, seed = shape_of(move.adapter, spec, skeleton), move.recipe.inputs.seed
+    told = digest(
+        "oracle", asdict(spec), asdict(shape), seed, [asdict(one) for one in train], world.target.digest
+    )
+    return Fit(move.name, train[held:], train[:held], shape, spec, move.work / ORACLE / told, seed)

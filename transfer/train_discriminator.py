@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 from lorazip.adapter import open_adapter
 from lorazip.errors import LorazipError, TargetError, TransferError, UsageError
 from lorazip.eval import transformers_backend as hf
-from lorazip.eval.cache import Cache, default_directory
+from lorazip.eval.cache import Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.transfer import discriminator, distill, slots, synthesize, texts
 from lorazip.transfer.discriminator import Record
@@ -48,7 +49,7 @@ def train(
         base: the source base.
         inputs: file of real inputs.
         seeds: file of inputs that the base is shown; the first five real ones by default.
-        cache: of the base's answers.
+        cache: folder for the base's answers, which stay there; by default they do not stay.
     Raises:
         InputError, UsageError: an input cannot be used; TransferError: too few false inputs came.
         TargetError: the output exists or cannot be written.
@@ -62,8 +63,12 @@ def train(
     real = texts.unseen(real, shown)
     if len(real) < LEAST:
         raise UsageError(f"{inputs} has {len(real)} inputs beside the seeds, a discriminator needs {LEAST}")
-    store = Cache(cache or default_directory())
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch,
+        # What the base writes is made of private seeds: it does not stay, and not in the user's common cache.
+        contextlib.closing(Cache(cache or Path(scratch))) as store,
+    ):
         model_of = located(base, store)
         world = World(model_of, model_of, engine, store, progress)
         false = _written(world, shown, definition, len(real), seed)
@@ -72,33 +77,29 @@ def train(
         model = hf.load(model_of.path, engine.dtype, engine.device)
         spec = Training(epochs=epochs, learning_rates=(learning_rate,), patience=1)
         shape = Shape("lora", rank, 2 * rank, slots.modules_of(model, MODULES))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            folder = Path(scratch) / "fit"
-            distill.fit(
-                model,
-                discriminator.samples(prompter, real_in, false_in),
-                discriminator.samples(prompter, real_out, false_out),
-                shape,
-                spec,
-                folder,
-                seed=seed,
-                progress=progress,
-            )
-            del model
-            right = _right(world, folder / ADAPTER, real_out, false_out)
-            record = Record(
-                model_of.digest,
-                len(real_in),
-                len(false_in),
-                right / (len(real_out) + len(false_out)),
-                len(real_out) + len(false_out),
-            )
-            discriminator.write_record(folder / ADAPTER, record)
-            shutil.move(folder / ADAPTER, output)
+        folder = Path(scratch) / "fit"
+        distill.fit(
+            model,
+            discriminator.samples(prompter, real_in, false_in),
+            discriminator.samples(prompter, real_out, false_out),
+            shape,
+            spec,
+            folder,
+            seed=seed,
+            progress=progress,
+        )
+        del model
+        right = _right(world, folder / ADAPTER, real_out, false_out)
+        record = Record(
+            model_of.digest,
+            len(real_in),
+            len(false_in),
+            right / (len(real_out) + len(false_out)),
+            len(real_out) + len(false_out),
+        )
+        discriminator.write_record(folder / ADAPTER, record)
+        shutil.move(folder / ADAPTER, output)
         return {"schema": discriminator.SCHEMA, **asdict(record)}
-    finally:
-        store.close()
 
 
 def _written(world: World, seeds: list[str], definition: str, count: int, seed: int) -> list[str]:

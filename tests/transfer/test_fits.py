@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +54,8 @@ def threads() -> Iterator[None]:
 
 def planned(base: Path, folder: Path, **more: Any) -> Fit:
     shape = Shape("lora", 4, 8, slots.modules_of(hf.skeleton(base), ("q_proj", "v_proj")))
-    # Twelve are three whole batches; the held-out five are not, and no process has the same number of them.
-    fit = Fit(folder.name, samples(12, 0), samples(5, 1), shape, SPEC, folder, seed=3)
+    # Neither is a multiple of the batch; of the last two in training one process has none.
+    fit = Fit(folder.name, samples(10, 0), samples(5, 1), shape, SPEC, folder, seed=3)
     return replace(fit, **more)
 
 
@@ -163,19 +165,71 @@ def test_stopped_job_leaves_no_process(base: Path, tmp_path: Path, threads: None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
 
 
-def test_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    ended: list[int] = []
+JOB = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_fits
+torch.set_num_threads(1)
+folder = Path(sys.argv[2])
+fit = test_fits.planned(folder / "base", folder / "one", spec=test_fits.replace(test_fits.SPEC, epochs=10000))
+test_fits.run(folder / "base", fit, processes=2, progress=lambda *step: print(step, flush=True))
+"""
 
-    def leave(code: int) -> None:
-        ended.append(code)
-        raise Stopped
 
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(Stopped):
-        fits._end_with(gone.pid)
-    assert ended == [1]
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    tiny.make_base(tmp_path / "base")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB, str(Path(__file__).parent), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as job:
+        assert job.stdout is not None
+        assert next(line for line in job.stdout if "training', 2," in line)
+        (torchrun,) = children(job.pid)
+        left = [torchrun, *children(torchrun)]
+        job.kill()
+        assert len(left) == 3
+        for _ in range(600):
+            if not any(Path(f"/proc/{pid}").exists() for pid in left):
+                break
+            time.sleep(0.1)
+        assert [pid for pid in left if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (["    raise ValueError(", "ValueError: bad"], "ValueError: bad"),
+        (["[rank1]: torch.OutOfMemoryError: much", "DistBackendError: gone"], "torch.OutOfMemoryError: much"),
+        (["  traceback : Signal 9 (SIGKILL) received", "x.ChildFailedError: "], "Signal 9 (SIGKILL)"),
+        (["RuntimeError: Connection closed by peer"], "RuntimeError: Connection closed by peer"),
+        (["a warning with Error in it"], ""),
+    ],
+)
+def test_reason_of_an_end_is_an_exception_of_its_own(said: list[str], why: str) -> None:
+    assert fits._why(said) == why
+
+
+def test_damaged_checkpoint_costs_one_fit_and_is_named(base: Path, tmp_path: Path, threads: None) -> None:
+    class Killed(BaseException):
+        """Nothing may catch it."""
+
+    def kill(name: str, what: str, done: int, total: int) -> None:
+        if done == 4:
+            raise Killed
+
+    single = replace(SPEC, learning_rates=(1e-2,))
+    some = [planned(base, tmp_path / name, spec=single) for name in ("first", "second")]
+    with pytest.raises(Killed):
+        run(base, some[0], progress=kill)
+    (kept,) = (tmp_path / "first" / "run").glob("checkpoint-*")
+    (kept / "optimizer.pt").write_bytes(b"")
+    found = run(base, *some)
+    assert isinstance(found["first"], TransferError) and f"delete {tmp_path / 'first'}" in str(found["first"])
+    fitted(found["second"])
 
 
 def test_what_is_written_for_a_process_is_read_again(base: Path, tmp_path: Path) -> None:

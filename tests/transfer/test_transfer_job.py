@@ -205,7 +205,7 @@ def test_worse_than_the_bare_base_is_refused(
     run(place, tmp_path / "first", tables=tables, work=tmp_path / "work")
     monkeypatch.setattr(assess, "read", worse)
     options: dict[str, Any] = {"tables": tables, "work": tmp_path / "work"}
-    (tmp_path / "work" / "transfer" / "training" / ".fits-killed" / "0").mkdir(parents=True)
+    (tmp_path / "work" / "another" / "training" / ".fits-killed" / "0").mkdir(parents=True)
     with pytest.raises(TransferError, match="refused: its token loss is above") as refused:
         run(place, tmp_path / "moved", accept_worse=False, purge=True, **options)
     # Of what was purged all texts are gone; the adapter is not, and can still be taken.
@@ -317,6 +317,29 @@ def test_what_is_missing_at_the_end_is_missed_before_a_model_is_asked(
     with pytest.raises(LorazipError, match=said):
         run(place, tmp_path / "moved", tables=tables, progress=stopping(lambda what, done: True))
     assert not (tmp_path / "moved").exists()
+
+
+def test_probe_says_what_a_transfer_could_not(place: Place, tmp_path: Path) -> None:
+    tables = place.tables(train=SETTINGS["train"] | {"modules": ["nope"]})
+    (moved,) = run(place, tmp_path / "moved", tables=tables, until="probe")
+    assert moved.error is None and "advised" in moved.stages["probe"]
+
+
+def test_oracle_learns_the_examples_that_are_there_now(place: Place, tmp_path: Path) -> None:
+    tests = tmp_path / "ant.jsonl"
+    rows = [json.loads(line) for line in place.tests.read_text().splitlines()]
+    for row in rows[:8]:
+        row["split"] = "train"
+    tests.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = place.tables(gate={"tests": str(tests), "shots": 2, "oracle": True})
+    (before,) = run(place, tmp_path / "moved", tables=tables, work=tmp_path / "w")
+    for row in rows[:8]:
+        row["output"] = "zz"
+    tests.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (after,) = run(place, tmp_path / "moved", tables=tables, work=tmp_path / "w", force=True)
+    assert before.judged is not None and after.judged is not None
+    assert before.judged.arms["oracle"]["loss"] != after.judged.arms["oracle"]["loss"]
+    assert len(list((tmp_path / "w").rglob("oracle/*"))) == 2
 
 
 def test_call_that_cannot_begin_leaves_nothing(place: Place, tmp_path: Path) -> None:
