@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # is; one module that is missing, by 1 % or more. Half types round the factors, and each backend in its own way.
 RELATIVE = {torch.float32: 0.005}
 RELATIVE_HALF = 0.05
-NOISE = 4.0  # times what the bare base deviates by on the same prompt
+NOISE = 4.0  # times what the bare base deviates by on the same prompt, or the rounding of the type, if that is more
 FOREIGN = 1e-2  # nats; float32 differs by 1e-4 between two engines
 FLOOR = 1e-5  # nats; float32 through a few layers
 LONGEST = 256  # tokens of a canary
@@ -90,6 +90,8 @@ def judge(
         _largest(found, hand),
         _largest(found_base, hand_base),
     )
+    # A base that rounds alike in both by luck says nothing of the adapter's rounding: half a unit of the last place.
+    noise = max(noise, torch.finfo(dtype).eps / 2 * max(map(abs, hand_base), default=0.0))
     tolerance = max(RELATIVE.get(dtype, RELATIVE_HALF) * effect, NOISE * noise, FLOOR)
     problem = ""
     if not math.isfinite(effect + noise):

@@ -130,6 +130,17 @@ def test_what_is_too_weak_for_bfloat16_is_told_so(world: Path, tmp_path: Path) -
         assert "\n" not in str(error.value)
 
 
+def test_a_base_that_rounds_alike_by_luck_does_not_accuse_a_weak_adapter() -> None:
+    """One unit of bfloat16's last place off at logits of 8 (0.0625), and none in the base: seen on a CPU."""
+    acting = tiny.acting(tiny.Changed("ant", {}, {}))
+    base, hand = [-8.0, -6.0], [-8.0625, -6.0]
+    (exact, half) = (
+        canary.judge(acting, hand, base, [-8.0, -6.0], base, dtype) for dtype in (torch.float32, HALF)
+    )
+    assert exact.problem == "it does nothing: the base answers"
+    assert "nothing can be proven" in half.problem
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,8 +289,8 @@ def test_what_does_nothing_is_said_to_do_nothing() -> None:
 
 def test_what_cannot_be_told_from_noise_is_not_ok() -> None:
     for found in (-1.01, -1.0):
-        one = judged(-1.01, -1, found, -1.002, HALF)
-        assert not one.ok and "drowns in the arithmetic's noise, 0.002" in one.problem
+        one = judged(-1.01, -1, found, -1.005, HALF)
+        assert not one.ok and "drowns in the arithmetic's noise, 0.005" in one.problem
     assert not judged(-1 - 1e-5, -1, -1 - 1e-5, -1).ok
 
 
