@@ -318,7 +318,6 @@ def test_a_bad_path_does_not_hit_an_adapter_of_its_name(make_adapter: MakeAdapte
     assert [defect.adapter for defect in defects] == ["a"]
 
 
-@pytest.mark.skipif(not ZOO.is_dir(), reason="the example adapters are not here")
 def test_the_examples_are_one_job() -> None:
     inputs = open_adapters([str(ZOO)])
     assert len(inputs.adapters) == 12
