@@ -2,12 +2,13 @@
 r"""How well adapters are moved between two bases: every way to get inputs, every filter, with intervals.
 
     python benchmarks/transfer.py SMOLLM GEMMA TASKS              both directions, all tasks, all arms
+    python benchmarks/transfer.py SMOLLM GEMMA TASKS --route unfiltered --route retained    only these arms
     python benchmarks/transfer.py SMOLLM GEMMA TASKS --page docs/TRANSFER-RESULTS.md    write the page
 
 SMOLLM and GEMMA are two base models (the letters S and G in the tables), TASKS a directory of labelled tasks with
 splits train, validation and test, and definitions in its tasks.jsonl. For every task and direction this trains the
-source adapter on the train split, a discriminator on the same inputs, an oracle on the target, and moves the adapter
-along every route with the commands' own code:
+source adapter on the train split, a discriminator on the same inputs where its route is asked for, an oracle on the
+target, and moves the adapter along the routes with the commands' own code:
 
     retained        the train split's inputs, without their answers
     unfiltered      synthetic inputs from five seeds, all of them
@@ -17,8 +18,8 @@ along every route with the commands' own code:
     generic         sentences that have nothing to do with the task
 
 Of the data-free routes, unfiltered, discriminator and excess, one is chosen for all tasks by the mean score on the
-validation splits; the page gives its scores on the test splits. Results are lines of --results: a rerun does what is
-missing.
+validation splits, where all were run; the page gives its scores on the test splits. Results are lines of --results: a
+rerun does what is missing.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ RANK = 8
 JUDGED = 160  # real inputs that a discriminator sees
 MOST_TOKENS = 160  # of an example: what is longer is left out of the source adapter's training
 TEMPLATE = "{definition}\n{input} =>"  # short: time on a CPU goes by tokens
-ROUTES = ("retained", "unfiltered", "discriminator", "excess", "seeds", "generic")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class Place:
     target: Path
     work: Path
     inputs: list[str]  # of the train split
+
+    @property
+    def judge(self) -> Path:
+        """Where the discriminator goes."""
+        return self.work / "discriminator"
 
     def file(self, name: str, inputs: Sequence[str]) -> str:
         """Inputs as a file."""
@@ -88,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("tasks", type=Path)
     add("--task", action="append", help="only this one; repeatable; any name of TASKS")
     add("--direction", action="append", choices=DIRECTIONS, help="only this one; repeatable")
+    add("--route", action="append", choices=transfer_page.ROUTES, help="only this one; repeatable")
     add("--count", type=int, default=96, help="inputs to train on (default: %(default)s)")
     add("--limit", type=int, default=60, help="test examples (default: %(default)s)")
     add("--epochs", type=int, default=3, help="at most (default: %(default)s)")
@@ -115,6 +121,9 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
     setting = {
         "task": name,
         "direction": direction,
+        "routes": [
+            route for route in transfer_page.ROUTES if route in (options.route or transfer_page.ROUTES)
+        ],
         **{
             key: getattr(options, key)
             for key in ("count", "limit", "epochs", "rates", "judge_epochs", "seed", "dtype")
@@ -134,10 +143,10 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
     random.Random(options.seed).shuffle(inputs)
     place = Place(found, *pair, work, list(dict.fromkeys(inputs)))
     adapter, seconds = _source(place, options)
-    judge, accuracy = _discriminator(place, options)
-    print(f"{name} {direction}: source {seconds:.0f} s, discriminator {100 * accuracy:.0f} %", flush=True)
+    print(f"{name} {direction}: source {seconds:.0f} s", flush=True)
+    accuracy = _discriminator(place, options) if "discriminator" in setting["routes"] else None
     engine = session.engine(options.backend, "float32", "auto")
-    plans = _recipes(place, options, adapter, judge)
+    plans = _recipes(place, options, adapter, setting["routes"])
     moved = job.move(
         list(plans.values()), work / "moved", engine=engine, many=True, work=work / "stages", force=True
     )
@@ -152,25 +161,27 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
             "stages": {k: v for k, v in one.stages.items() if k in ("filter", "label", "train")},
             "scores": transfer_page.scores(work / "stages" / one.name),
         }
-    checked = {
-        route: dataclasses.replace(
-            plan, gate=dataclasses.replace(plan.gate, split="validation", oracle=False)
-        )
-        for route, plan in plans.items()
-    }
-    again = job.move(
-        list(checked.values()), work / "moved", engine=engine, many=True, work=work / "stages", force=True
-    )
-    row["validation"] = {
-        one.name: one.judged.arms["transferred"]["score"].estimate for one in again if one.judged is not None
-    }
+    row["validation"] = {}
+    if set(transfer_page.FREE) <= set(plans):  # there is something to choose
+        checked = [
+            dataclasses.replace(plan, gate=dataclasses.replace(plan.gate, split="validation", oracle=False))
+            for plan in plans.values()
+        ]
+        again = job.move(checked, work / "moved", engine=engine, many=True, work=work / "stages", force=True)
+        row["validation"] = {
+            one.name: one.judged.arms["transferred"]["score"].estimate
+            for one in again
+            if one.judged is not None
+        }
     row["engine"], row["threads"] = engine.name, options.threads
     with options.results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{name} {direction}: {row['minutes']} min", flush=True)
 
 
-def _recipes(place: Place, options: argparse.Namespace, adapter: Path, judge: Path) -> dict[str, Recipe]:
+def _recipes(
+    place: Place, options: argparse.Namespace, adapter: Path, routes: Sequence[str]
+) -> dict[str, Recipe]:
     """The routes, each a recipe whose adapter is named as the route."""
     seeds, rest = place.inputs[:SEEDS], place.inputs[SEEDS:]
     common: dict[str, Any] = {
@@ -195,7 +206,10 @@ def _recipes(place: Place, options: argparse.Namespace, adapter: Path, judge: Pa
             "gate": {"oracle": True},
         },
         "unfiltered": {"inputs": seeded, "filter": {"kind": "none"}},
-        "discriminator": {"inputs": seeded, "filter": {"kind": "discriminator", "discriminator": str(judge)}},
+        "discriminator": {
+            "inputs": seeded,
+            "filter": {"kind": "discriminator", "discriminator": str(place.judge)},
+        },
         "excess": {"inputs": seeded | {"count": 2 * options.count}, "filter": {"kind": "excess"}},
         "seeds": {
             "inputs": {"prompts": seeded["seeds"], "count": 0},
@@ -207,7 +221,7 @@ def _recipes(place: Place, options: argparse.Namespace, adapter: Path, judge: Pa
         },
     }
     found = {}
-    for route in ROUTES:
+    for route in routes:
         tables = {name: dict(table) for name, table in common.items()}
         for name, table in chosen[route].items():
             tables.setdefault(name, {}).update(table)
@@ -241,21 +255,21 @@ def _samples(task: Task, prompter: Prompter) -> list[Sample]:
     return found
 
 
-def _discriminator(place: Place, options: argparse.Namespace) -> tuple[Path, float]:
-    folder = place.work / "discriminator"
-    record = folder / "discriminator.json"
+def _discriminator(place: Place, options: argparse.Namespace) -> float:
+    """Train it; its accuracy."""
+    record = place.judge / "discriminator.json"
     if not record.exists():
         train_discriminator.train(
             str(place.source),
             Path(place.file("train", place.inputs[: SEEDS + JUDGED])),
-            folder,
+            place.judge,
             engine=session.engine(options.backend, options.dtype, "auto"),
             definition=place.task.definition or "",
             epochs=options.judge_epochs,
             seed=options.seed,
             cache=place.work,
         )
-    return folder, float(json.loads(record.read_text())["accuracy"])
+    return float(json.loads(record.read_text())["accuracy"])
 
 
 if __name__ == "__main__":
