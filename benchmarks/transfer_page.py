@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from lorazip.eval.results import Interval
 
 FREE = ("unfiltered", "discriminator", "excess")  # routes that need no data but seeds
 ROUTES = ("retained", *FREE, "seeds", "generic")
-ARMS = ("source base", "source adapter", "target base")
 
 Row = dict[str, Any]
 
@@ -35,48 +35,106 @@ def write(path: Path, results: Path) -> None:
     path.write_text("\n".join(_page(rows)) + "\n")
 
 
-def _page(rows: Sequence[Row]) -> list[str]:
-    chosen, means = _route(rows)
-    settings = rows[0]["setting"]
-    flags = f"--count {settings['count']} --epochs {settings['epochs']} --limit {settings['limit']}"
-    groups: dict[int, list[str]] = {}
+@dataclass(frozen=True)
+class Group:
+    """Rows that were measured alike."""
+
+    setting: Row  # of the first one
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting['count']} inputs, at most {self.setting['epochs']} epochs"
+
+    @property
+    def routes(self) -> list[str]:
+        found: list[str] = self.setting["routes"]
+        return found
+
+    def commands(self, script: str) -> list[str]:
+        """That measure it."""
+        alike: dict[str, list[str]] = {}
+        for row in self.rows:
+            setting = row["setting"]
+            flags = f"--count {setting['count']} --epochs {setting['epochs']} --limit {setting['limit']}"
+            if "discriminator" in self.routes:
+                flags += f" --judge-epochs {setting['judge_epochs']}"
+            if self.routes != list(ROUTES):
+                flags += "".join(f" --route {route}" for route in self.routes)
+            alike.setdefault(flags, []).append(setting["task"])
+        return [
+            f"{script} {flags}" + "".join(f" --task {name}" for name in dict.fromkeys(names))
+            for flags, names in sorted(alike.items())
+        ]
+
+
+def _groups(rows: Sequence[Row]) -> list[Group]:
+    """By inputs, epochs and routes; those with all routes first."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row["setting"]["judge_epochs"], []).append(row["setting"]["task"])
+        setting = row["setting"]
+        key = (len(ROUTES) - len(setting["routes"]), setting["count"], setting["epochs"], *setting["routes"])
+        found.setdefault(key, []).append(row)
+    return [
+        Group(
+            some[0]["setting"],
+            sorted(some, key=lambda row: (row["setting"]["task"], row["setting"]["direction"] == "G->S")),
+        )
+        for _, some in sorted(found.items())
+    ]
+
+
+def _page(rows: Sequence[Row]) -> list[str]:
+    groups = _groups(rows)
+    chosen, means = _route(rows)
+    setting = rows[0]["setting"]
     script = "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS"
     lines = [
         "# Moving adapters to another base: results",
         "",
         "Made by",
         "",
-        *(
-            f"{script} {flags} --judge-epochs {epochs}"
-            + "".join(f" --task {name}" for name in dict.fromkeys(names))
-            for epochs, names in sorted(groups.items())
-        ),
+        *(command for group in groups for command in group.commands(script)),
         f"{script} --page docs/TRANSFER-RESULTS.md",
         "",
         f"{date.today().isoformat()}; {_machine()}. Nothing here was measured on a GPU.",
         "",
-        f"S is SmolLM2-135M-Instruct, G is Gemma 3 270M (pretrained). {settings['count']} inputs, at most "
-        f"{settings['epochs']} epochs, learning rate {', '.join(f'{rate:g}' for rate in settings['rates'])}, bases in "
-        f"{settings['dtype']} while training, seed {settings['seed']}. Exact match on up to {settings['limit']} test "
-        "examples, in per cent, with 95 % bootstrap intervals.",
+        "S is SmolLM2-135M-Instruct, G is Gemma 3 270M (pretrained). Learning rate "
+        f"{', '.join(f'{rate:g}' for rate in setting['rates'])}, bases in {setting['dtype']} while training, seed "
+        f"{setting['seed']}. Exact match on up to {setting['limit']} test examples, in per cent, with 95 % bootstrap "
+        "intervals.",
         "",
         "## Scores",
         "",
         "*Target base* is the better of zero-shot and five-shot. *Oracle* is trained on the target with the task's own "
-        "labelled data, as the source adapter was on the source: with the whole train split, where *retained* has "
-        f"{settings['count']} inputs of it.",
-        "",
-        "| task | | source base | source adapter | target base | " + " | ".join(ROUTES) + " | oracle |",
-        "| --- | --- " + "| ---: " * (4 + len(ROUTES)) + "|",
+        "labelled data, as the source adapter was on the source, with the whole train split. *Retained* has its inputs "
+        "without the answers, at most as many as the other routes have.",
     ]
-    lines += [_line(row) for row in rows]
+    for group in groups:
+        lines += ["", f"### {group.title}", "", *_scores(group)]
+    told = ", ".join(f"{route} {100 * mean:.1f} %" for route, mean in means.items())
     lines += ["", "## The fixed route", ""]
-    lines += _fixed(rows, chosen, means)
-    lines += ["", "## Filters", "", *_filters(rows)]
-    lines += ["", "## Inputs and time", "", *_inputs(rows)]
+    lines += [
+        f"Chosen on the validation splits, by the mean over tasks and directions: **{chosen}** ({told})."
+    ]
+    for group in groups:
+        if chosen in group.routes:
+            lines += ["", f"### {group.title}: {chosen}", "", *_fixed(group.rows, chosen)]
+    lines += ["", "## Filters", ""]
+    for group in groups:
+        lines += _filters(group)
+    lines += ["", "## Inputs and time"]
+    for group in groups:
+        lines += ["", f"### {group.title}", "", *_inputs(group)]
     return lines
+
+
+def _scores(group: Group) -> list[str]:
+    return [
+        "| task | | source base | source adapter | target base | " + " | ".join(group.routes) + " | oracle |",
+        "| --- | --- " + "| ---: " * (4 + len(group.routes)) + "|",
+        *(_line(row) for row in group.rows),
+    ]
 
 
 def _machine() -> str:
@@ -84,9 +142,8 @@ def _machine() -> str:
     return f"{found['cpu']}, {found['cores']} cores, torch {found['torch']}"
 
 
-def _base(row: Row, route: str) -> Any:
+def _base(arms: Row) -> Any:
     """The better of the target base's arms."""
-    arms = row["routes"][route]["scores"]
     bare = [arm for name, arm in arms.items() if name.startswith("target base")]
     return max(bare, key=lambda arm: sum(arm["scores"]))
 
@@ -103,9 +160,12 @@ def _moved(row: Row, route: str) -> Any:
 
 
 def _line(row: Row) -> str:
-    arms = row["routes"]["retained"]["scores"]
-    cells = [_shown(arms[name]["scores"]) for name in ARMS[:2]] + [_shown(_base(row, "retained")["scores"])]
-    for route in ROUTES:
+    arms: Row = {}  # those of no route are the same in each
+    for found in row["routes"].values():
+        arms |= found["scores"]
+    cells = [_shown(arms[name]["scores"]) for name in ("source base", "source adapter")]
+    cells.append(_shown(_base(arms)["scores"]))
+    for route in row["setting"]["routes"]:
         moved = _moved(row, route)
         cells.append(_shown(None if moved is None else moved["scores"]))
     cells.append(_shown(arms["oracle"]["scores"] if "oracle" in arms else None))
@@ -113,8 +173,9 @@ def _line(row: Row) -> str:
 
 
 def _route(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
-    """The data-free route of the best mean score on the validation splits."""
-    means = {route: sum(row["validation"].get(route, 0.0) for row in rows) / len(rows) for route in FREE}
+    """The data-free route of the best mean score on the validation splits, where there was a choice."""
+    have = [row for row in rows if row["validation"]]
+    means = {route: sum(row["validation"].get(route, 0.0) for row in have) / len(have) for route in FREE}
     return max(means, key=lambda route: means[route]), means
 
 
@@ -122,15 +183,12 @@ def _interval(value: Interval, scale: float = 100) -> str:
     return f"{scale * value.estimate:+.1f} ({scale * value.low:+.1f} to {scale * value.high:+.1f})"
 
 
-def _fixed(rows: Sequence[Row], chosen: str, means: dict[str, float]) -> list[str]:
-    told = ", ".join(f"{route} {100 * mean:.1f} %" for route, mean in means.items())
+def _fixed(rows: Sequence[Row], chosen: str) -> list[str]:
     have = [row for row in rows if _moved(row, chosen)]
     moved = [_moved(row, chosen)["scores"] for row in have]
     expert = [row["routes"][chosen]["scores"]["source adapter"]["scores"] for row in have]
-    base = [_base(row, chosen)["scores"] for row in have]
+    base = [_base(row["routes"][chosen]["scores"])["scores"] for row in have]
     lines = [
-        f"Chosen on the validation splits, by the mean over tasks and directions: **{chosen}** ({told}).",
-        "",
         f"On the test splits: {100 * compare.macro(moved).estimate:.1f} % on average; the source adapters "
         f"{100 * compare.macro(expert).estimate:.1f} %, the target bases {100 * compare.macro(base).estimate:.1f} %. "
         f"Against the source adapters {_interval(compare.difference(moved, expert))} points, against the bases "
@@ -174,10 +232,10 @@ def _oracle(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _filters(rows: Sequence[Row]) -> list[str]:
+def _filters(group: Group) -> list[str]:
     lines = []
     for route in FREE[1:]:
-        have = [row for row in rows if _moved(row, route) and _moved(row, "unfiltered")]
+        have = [row for row in group.rows if _moved(row, route) and _moved(row, "unfiltered")]
         if not have:
             continue
         gain = compare.difference(
@@ -191,30 +249,36 @@ def _filters(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _inputs(rows: Sequence[Row]) -> list[str]:
+def _inputs(group: Group) -> list[str]:
+    free = [route for route in FREE if route in group.routes]
+    judged = "discriminator" in free
+    columns = ["discriminator: epochs", "accuracy"] if judged else []
+    columns += [f"written: {route}" for route in free]
+    columns += ["nearest to a seed", "threads", "minutes a cell", "training, minutes an adapter"]
+    judge, splits = (", a discriminator", ", all scored on two splits") if judged else ("", "")
     lines = [
-        "A cell is a source adapter, a discriminator, six transfers and an oracle, all scored on two splits. With one "
-        "thread, two cells ran side by side on the two cores.",
+        f"A cell is a source adapter{judge}, {len(group.routes)} transfers and an oracle{splits}. With one thread, two "
+        "cells ran side by side on the two cores.",
         "",
-        "| task | | discriminator: epochs | accuracy | written: unfiltered | discriminator | excess | nearest to "
-        "a seed | threads | minutes a cell | training, minutes an adapter |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| task | | " + " | ".join(columns) + " |",
+        "| --- | --- " + "| ---: " * len(columns) + "|",
     ]
-    for row in rows:
-        cells = []
-        for route in FREE:
+    for row in group.rows:
+        setting = row["setting"]
+        cells = [setting["task"], setting["direction"]]
+        if judged:
+            cells += [str(setting["judge_epochs"]), f"{100 * row['discriminator_accuracy']:.0f} %"]
+        for route in free:
             found = row["routes"][route]["stages"].get("filter")
             cells.append(f"{found['kept']} of {found['asked']}" if found else "–")
-        found = row["routes"]["unfiltered"]["stages"].get("filter")
-        near = f"{100 * found['overlap']['nearest']:.0f} %" if found else "–"
-        lines.append(
-            f"| {row['setting']['task']} | {row['setting']['direction']} | {row['setting']['judge_epochs']} | "
-            f"{100 * row['discriminator_accuracy']:.0f} % | {' | '.join(cells)} | {near} | {row['threads']} | "
-            f"{row['minutes']} | {row['routes']['unfiltered']['stages']['train']['seconds'] / 60:.1f} |"
-        )
+        stages = row["routes"][free[0]]["stages"]
+        near = stages["filter"]["overlap"]["nearest"] if "filter" in stages else None
+        cells += ["–" if near is None else f"{100 * near:.0f} %", str(row["threads"]), str(row["minutes"])]
+        cells.append(f"{stages['train']['seconds'] / 60:.1f}" if "train" in stages else "–")
+        lines.append(f"| {' | '.join(cells)} |")
     refused = [
         f"{row['setting']['task']} {row['setting']['direction']} {route}"
-        for row in rows
+        for row in group.rows
         for route, found in row["routes"].items()
         if found["error"]
     ]
