@@ -174,9 +174,9 @@ def _clear(partial: Path, output: Path) -> None:
 
 
 def publish(partial: Path, output: Path, force: bool, mark: str = MANIFEST) -> None:
-    """Rename the finished bundle to its final name and remove the folder.
+    """Rename the finished bundle, or another directory, to its final name and remove the folder.
 
-    With `force` an old bundle moves aside, and is deleted once the new one is there.
+    With `force` an old one moves aside, and is deleted once the new one is there.
 
     Args:
         mark: the file that every directory of its kind has: nothing else is replaced.
@@ -185,9 +185,7 @@ def publish(partial: Path, output: Path, force: bool, mark: str = MANIFEST) -> N
         try:
             if output.exists() and any(output.iterdir()):
                 if not force or not (output / mark).is_file():
-                    raise TargetError(
-                        f"{output} appeared while the job ran (move it elsewhere, then --resume)"
-                    )
+                    raise TargetError(f"{output} appeared while the job ran (move it elsewhere, and run the command again)")
                 stack.enter_context(locked(output))  # nobody is just adding to it
                 output.rename(partial / OLD)
             (partial / BUNDLE).rename(output)

@@ -83,34 +83,46 @@ def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "reci
         tables: TOML tables, see `recipe.parse`.
         table: JSON lines, with columns of `COLUMNS`; paths in it are relative to it.
     Raises:
-        UsageError: a recipe is not as it should be; InputError: the table cannot be read.
+        UsageError: the recipe is not as it should be, or two names of the table are alike; InputError: the table cannot
+            be read, or some of its lines are not as they should be: all of them.
     """
     if table is None:
         return [recipes.parse(tables, where)]
-    found = []
+    found: list[Recipe] = []
+    wrong: list[Defect] = []
     for number, row in rows.lines(table):
         line = f"{table}: line {number}"
-        unknown = [name for name in row if name not in COLUMNS]
-        if unknown or not all(isinstance(value, str) for value in row.values()):
-            problem = f"{unknown[0]!r} is no column" if unknown else "holds more than texts"
-            raise InputError(
-                [Defect(line, problem=printable(problem), remedy=f"there are {', '.join(COLUMNS)}")]
-            )
-        if "adapter" not in row:
-            raise InputError(
-                [Defect(line, problem="names no adapter", remedy='{"adapter": "…", "seeds": "…"}')]
-            )
+        problem, remedy = _problem(row)
+        if problem:
+            wrong.append(Defect(line, problem=problem, remedy=remedy))
+            continue
         settings = {name: dict(value) for name, value in tables.items()}
         for name, value in row.items():
             if name in _FILES and value:
                 value = recipes.beside(table.parent, value, name)
             section, key = COLUMNS[name]
             settings.setdefault(section, {})[key] = value
-        found.append(recipes.parse(settings, line))
+        try:
+            found.append(recipes.parse(settings, line))
+        except UsageError as error:  # a line of text for each key, which begins with the place
+            wrong += [
+                Defect(line, problem=text.removeprefix(f"{line}: ")) for text in str(error).splitlines()
+            ]
+    if wrong:
+        raise InputError(wrong)
     if not found:
         raise InputError([Defect(str(table), problem="has no line", remedy='{"adapter": "…", "seeds": "…"}')])
     _require_different(one.source.name or Path(one.source.adapter).name for one in found)
     return found
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What is wrong with a line of a table, and the way out; empty where nothing is."""
+    unknown = [name for name in row if name not in COLUMNS]
+    if unknown or not all(isinstance(value, str) for value in row.values()):
+        problem = f"{unknown[0]!r} is no column" if unknown else "holds more than texts"
+        return printable(problem), f"there are {', '.join(COLUMNS)}"
+    return ("", "") if "adapter" in row else ("names no adapter", '{"adapter": "…", "seeds": "…"}')
 
 
 def _require_different(chosen: Iterable[str]) -> None:
@@ -328,6 +340,9 @@ def _require_free(output: Path, force: bool) -> None:
         raise TargetError(f"{output} exists and is no result of a transfer (choose another)")
     if not force:
         raise TargetError(f"{output} exists (--force replaces it; or choose another)")
+    for path in output.iterdir():
+        if path.name not in publish.FILES:
+            raise TargetError(f"{output} holds {path.name}, which would be lost (choose another)")
 
 
 def _moved(move: Move, judged: Judged | None) -> Moved:

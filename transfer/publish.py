@@ -6,7 +6,6 @@ None of them holds a seed, a synthetic input or an answer: only counts, digests,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lorazip import __version__, page
+from lorazip.compress import partial
 from lorazip.errors import TargetError
-from lorazip.files import flush, write_bytes
+from lorazip.files import write_bytes
 from lorazip.peft_config import CONFIG_FILE
 from lorazip.peft_keys import WEIGHTS_FILE
 from lorazip.transfer import assess, learn
@@ -26,6 +26,7 @@ from lorazip.transfer.world import World
 
 SCHEMA = "lorazip.transfer/1"
 RECORD, PAGE, CARD = "transfer.json", "transfer.html", "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, RECORD, CARD, PAGE)
 PRIVATE = {
     "source": ("base", "adapter"),
     "target": ("base",),
@@ -73,33 +74,23 @@ def write(world: World, move: Move, judged: Judged, force: bool) -> None:
         TargetError: it is there already, or cannot be written.
     """
     trained = learn.folder(move, world) / ADAPTER
-    fresh = move.output.with_name(f".{move.output.name}.tmp")
-    try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        config = json.loads((trained / CONFIG_FILE).read_bytes())
-        config |= {"base_model_name_or_path": shown(world.target.name), "inference_mode": True}
-        write_bytes(fresh / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-        write_bytes(fresh / WEIGHTS_FILE, (trained / WEIGHTS_FILE).read_bytes())
-        record = document(world, move, judged)
-        write_bytes(fresh / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-        write_bytes(fresh / CARD, _rendered("transfer_card.md.j2", record, judged).encode())
-        write_bytes(fresh / PAGE, _rendered("transfer.html.j2", record, judged).encode())
-        if move.output.exists() and any(move.output.iterdir()):
-            if not force:
-                raise TargetError(f"{move.output} exists (--force replaces it; or choose another)")
-            old = move.output.with_name(f".{move.output.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(move.output, old)
-            os.rename(fresh, move.output)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(fresh, move.output)
-        flush(move.output.parent)
-    except OSError as error:
-        raise TargetError(f"{move.output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    partial.check_place(move.output)
+    with partial.working(move.output, "transfer", resume=True, force=True, keep=False) as place:
+        fresh = place / partial.BUNDLE
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed right here
+            fresh.mkdir()
+            config = json.loads((trained / CONFIG_FILE).read_bytes())
+            config |= {"base_model_name_or_path": shown(world.target.name), "inference_mode": True}
+            write_bytes(fresh / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+            write_bytes(fresh / WEIGHTS_FILE, (trained / WEIGHTS_FILE).read_bytes())
+            record = document(world, move, judged)
+            write_bytes(fresh / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+            write_bytes(fresh / CARD, _rendered("transfer_card.md.j2", record, judged).encode())
+            write_bytes(fresh / PAGE, _rendered("transfer.html.j2", record, judged).encode())
+        except OSError as error:
+            raise TargetError(f"{move.output} cannot be written: {error.strerror or error}") from error
+        partial.publish(place, move.output, force, RECORD)
 
 
 def _rendered(name: str, record: Mapping[str, Any], judged: Judged) -> str:

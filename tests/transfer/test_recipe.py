@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorazip.errors import UsageError
+from lorazip.errors import InputError, UsageError
 from lorazip.transfer import job
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.recipe import Recipe
@@ -297,6 +297,29 @@ def test_names_of_a_table_are_different(tmp_path: Path) -> None:
     table.write_text('{"adapter": "a/ant"}\n{"adapter": "b/Ant"}\n')
     with pytest.raises(UsageError, match=r"two transfers are called ant \(Ant, ant\)"):
         job.recipes_of(LEAST, table)
+
+
+def test_all_bad_lines_of_a_table_are_told_at_once(tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    lines = [
+        '{"adapter": "a", "sneeds": "s"}',
+        '{"adapter": "b"}',
+        '{"name": "c"}',
+        '{"adapter": 4}',
+        '{"adapter": ""}',
+    ]
+    table.write_text("\n".join(lines))
+    with pytest.raises(InputError) as caught:
+        job.recipes_of(LEAST, table)
+    told = str(caught.value)
+    assert [number for number in range(1, 6) if f"line {number}: " in told] == [1, 3, 4, 5]
+    for text in (
+        "'sneeds' is no column",
+        "names no adapter",
+        "more than texts",
+        "source.adapter is not given",
+    ):
+        assert told.count(text) == 1
 
 
 @pytest.mark.parametrize("data", [b"[source\n", b"\xff\xfe", b"[a]\nb = 1\nb = 2\n", None])

@@ -294,8 +294,26 @@ def test_what_exists_is_never_harmed(place: Place, tmp_path: Path) -> None:
         with pytest.raises(TargetError, match="no result of a transfer"):
             run(place, mine, force=force)
     assert (mine / "thesis.txt").read_text() == "years of work"
+    run(place, tmp_path / "moved")
+    (tmp_path / "moved" / "thesis.txt").write_text("years of work")
+    with pytest.raises(TargetError, match=r"holds thesis\.txt, which would be lost"):
+        run(place, tmp_path / "moved", force=True)
+    assert (tmp_path / "moved" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(UsageError, match="must not lie in --work"):
         run(place, tmp_path / "w" / "moved", work=tmp_path / "w")
+
+
+def test_killed_while_it_replaces_the_next_run_writes_it(place: Place, tmp_path: Path) -> None:
+    run(place, tmp_path / "moved")
+    first = (tmp_path / "moved" / "adapter_model.safetensors").read_bytes()
+    left = tmp_path / "moved.partial"  # as it lies between the two renames
+    (left / "bundle").mkdir(parents=True)
+    (left / "bundle" / "adapter_config.json").write_text("{")
+    (left / "job.json").write_text('{"job": "transfer"}')
+    (tmp_path / "moved").rename(left / "old")
+    run(place, tmp_path / "moved")
+    assert (tmp_path / "moved" / "adapter_model.safetensors").read_bytes() == first
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
