@@ -185,7 +185,9 @@ def publish(partial: Path, output: Path, force: bool, mark: str = MANIFEST) -> N
         try:
             if output.exists() and any(output.iterdir()):
                 if not force or not (output / mark).is_file():
-                    raise TargetError(f"{output} appeared while the job ran (move it elsewhere, and run the command again)")
+                    raise TargetError(
+                        f"{output} appeared while the job ran (move it elsewhere, and run the command again)"
+                    )
                 stack.enter_context(locked(output))  # nobody is just adding to it
                 output.rename(partial / OLD)
             (partial / BUNDLE).rename(output)

@@ -1,10 +1,10 @@
 """Trellis-coded quantisation: rows of numbers in 1/2 to 5 bits a number, near what rate-distortion theory allows.
 
-A row is read as steps of v numbers; a step is k bits, k / v bits a number. Decoding slides a window of STATE bits along
-the row's bits: state_t = (state_{t-1} 2^k + code_t) mod 2^STATE, from state 0, and row t of the rate's table are the v
-numbers. So every step has all 2^STATE entries to be near to, but only 2^k of them from where the last step left it; the
-encoder finds the best path by dynamic programming (Viterbi). The length does not depend on the data, and all steps can
-be decoded at once.
+A row is read as steps of v numbers; a step is k bits, k / v bits a number. Decoding slides a window of STATE bits
+along the row's bits: state_t = (state_{t-1} 2^k + code_t) mod 2^STATE, from state 0, and row t of the rate's table
+are the v numbers. So every step has all 2^STATE entries to be near to, but only 2^k of them from where the last step
+left it; the encoder finds the best path by dynamic programming (Viterbi; on a CPU in viterbi.py). The length does not
+depend on the data, and all steps can be decoded at once.
 
 Trellis codes: Marcellin and Fischer (IEEE Trans. Comm. 38:82, 1990); the sliding window ("bitshift trellis") for
 weights of models: QTIP (arXiv 2406.11235). Ours are smaller (1024 states, tables that fit a page), have rates below one
@@ -30,6 +30,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorazip import viterbi
+
 STATE = 10  # bits of a state
 TABLES = Path(__file__).with_name("trellis.safetensors")
 # rate -> (k bits a step, v numbers a step)
@@ -44,8 +46,7 @@ DISTORTION: dict[float, float] = {
 BLOCK = 64  # numbers that are turned together; what is left at the end of a row stays
 SECTION = 40503  # in 65536: the golden section
 SIGNS = 0x9D5A3C716E84B21F  # bit j, the lowest first: 1 turns the sign of number j of a block
-WORK = 2**28  # bytes of the encoder's record at most
-ROWS = 512  # at a time: the costs of all states of so many fit a core's cache
+ROWS = 512  # at a time: the record of all their steps takes 270 MB at rates 1/2 and 1 in by_torch, and less at others
 # Steps that are decided at a time, and how many more are looked at for it: not looking further costs 0.6 % of what
 # is left at rate 1, and less at the others.
 SPAN, SURE = 224, 32
@@ -74,30 +75,33 @@ class Trellis:
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes (rows, steps) int64 of the paths nearest to rows (rows, width) of about unit variance."""
-        steps, parts = self.steps(rows.shape[1]), 2 ** (STATE - self.k)
+        steps = self.steps(rows.shape[1])
         found = torch.zeros(len(rows), steps, dtype=torch.long, device=rows.device)
-        kept = min(steps, SPAN + SURE)
-        size = max(1, min(ROWS, len(rows), WORK // max(1, 4 * kept * parts)))
-        record = _record(kept * parts * size, rows.device)
-        for first in range(0, len(rows), size):
-            some = turned(rows[first : first + size].float())
+        for first in range(0, len(rows), ROWS):
+            some = turned(rows[first : first + ROWS].float())
             padded = torch.nn.functional.pad(some, (0, -some.shape[1] % self.v))
-            found[first : first + size] = self._paths(padded.view(len(some), steps, self.v), record)
+            x = padded.view(len(some), steps, self.v)
+            found[first : first + ROWS] = self.on_cpu(x) if x.device.type == "cpu" else self.by_torch(x)
         return found
 
-    def _paths(self, x: Tensor, record: Tensor) -> Tensor:
-        """The codes of the nearest paths to x (rows, steps, v).
+    def on_cpu(self, x: Tensor) -> Tensor:
+        """The codes of the nearest paths to x (rows, steps, v): viterbi.py."""
+        kept, parts = min(x.shape[1], SPAN + SURE) + 1, 2 ** (STATE - self.k)
+        count = kept * parts * viterbi.LANES
+        record = _record(count, x.device)[:count].view(kept, parts, viterbi.LANES)
+        return viterbi.paths(x, self.table, self.k, SURE, record)
+
+    def by_torch(self, x: Tensor) -> Tensor:
+        """The codes of the nearest paths to x (rows, steps, v), on any device.
 
         States are in the first dimension. The states that reach s are those whose lower STATE - k bits are the upper
         ones of s, so the least of the 2^k equal parts of the costs is the best way to 2^k successors at once. Those
         least costs are recorded; which part it was is found again for the one state that the path comes from. Long
         rows are decided SPAN steps at a time, looking SURE steps further, and then go on from where the path is: the
         best paths into different states need not have been one for long.
-
-        Args:
-            record: work space for min(steps, SPAN + SURE) steps.
         """
         rows, steps, _ = x.shape
+        record = _record(min(steps, SPAN + SURE) * 2 ** (STATE - self.k) * rows, x.device)
         minus = (-2 * x).permute(1, 2, 0).contiguous()  # (steps, v, rows)
         codes = torch.empty(rows, steps, dtype=torch.long, device=x.device)
         state = torch.zeros(rows, dtype=torch.long, device=x.device)

@@ -96,6 +96,19 @@ def test_no_path_is_nearer_than_the_one_found(rate: float) -> None:
 
 
 @every_rate
+@pytest.mark.parametrize("width", [1, 60, 700])
+def test_both_searches_find_paths_that_are_as_near(rate: float, width: int) -> None:
+    """The compiled one and torch's, which runs on other devices; where paths are equally near they may differ."""
+    code = trellis.trellis(rate)
+    rows = normal(70, width, seed=width)  # more than stand side by side
+    padded = torch.nn.functional.pad(turned(rows), (0, -width % code.v)).view(70, -1, code.v)
+    found, other = code.encode(rows), code.by_torch(padded)
+    distances = [(code.decode(codes, width) - rows).square().sum(1) for codes in (found, other)]
+    assert torch.allclose(*distances, rtol=1e-3, atol=1e-5)
+    assert float((found == other).all(1).float().mean()) > 0.8
+
+
+@every_rate
 def test_the_error_is_that_of_the_table(rate: float) -> None:
     error = float(left(f"tcq{rate:g}", normal(96, 576, seed=5)).mean())
     assert error == pytest.approx(DISTORTION[rate], rel=0.03)
