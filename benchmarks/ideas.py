@@ -19,7 +19,6 @@ from torch import Tensor
 from lorazip import Spec, open_adapters
 from lorazip.compress import auto, planning, pricing
 from lorazip.compress.curves import Curve
-from lorazip.compress.pricing import Priced
 from lorazip.compress.profile import Bases
 
 DTYPE = "float16"
@@ -64,16 +63,16 @@ def error(zoo: Zoo, ratio: float) -> tuple[float, tuple[Bases, ...], Tensor]:
     budget = zoo.budget(ratio)
     aim = auto.for_bytes(zoo.curves, zoo.weights, budget, DTYPE)
     bases, worth = auto.settled(zoo.curves, aim, DTYPE)
-    found = [pricing.priced(c, b, worth, DTYPE) for c, b in zip(zoo.curves, bases, strict=True)]
-    return _brought(zoo, found, bases, budget), bases, worth
+    return _brought(zoo, bases, worth, budget), bases, worth
 
 
-def _brought(zoo: Zoo, found: Sequence[Priced], bases: Sequence[Bases], budget: float) -> float:
-    taken = sum(float(p.nbytes.sum()) for p in found)
-    taken += sum(pricing.basis_bytes(c, b) for c, b in zip(zoo.curves, bases, strict=True))
+def _brought(zoo: Zoo, bases: Sequence[Bases], worth: Tensor, budget: float) -> float:
+    taken = sum(float(pricing.basis_bytes(c, b)) for c, b in zip(zoo.curves, bases, strict=True))
     lost = torch.zeros_like(zoo.energies)
-    for curve, priced in zip(zoo.curves, found, strict=True):
-        lost[list(curve.having)] += priced.residual
+    for some in pricing.bunches(zoo.curves):
+        found = pricing.priced(some, some.of(bases), worth, DTYPE)
+        taken += float(found.nbytes.sum())
+        lost.index_add_(0, some.having.flatten(), found.residual.flatten())
     return float((lost * zoo.weights).sum()) * taken / budget
 
 
@@ -84,7 +83,7 @@ def equal(zoo: Zoo, ratio: float) -> float:
         one = Zoo([curve], zoo.energies)
         budget = one.budget(ratio)
         bases, worth = auto.settled([curve], auto.for_bytes([curve], one.weights, budget, DTYPE), DTYPE)
-        total += _brought(one, [pricing.priced(curve, bases[0], worth, DTYPE)], bases, budget)
+        total += _brought(one, bases, worth, budget)
     return total
 
 

@@ -65,14 +65,15 @@ Aim = Callable[[Sequence[Bases]], Tensor]  # bases of all modules -> worth (n,)
 
 def for_bytes(curves: Sequence[Curve], weights: Tensor, budget: float, dtype: str) -> Aim:
     """The worth, in proportion to `weights`, at which all own and shared tensors take about `budget` bytes."""
+    bunches = pricing.bunches(curves)
 
     def aim(bases: Sequence[Bases]) -> Tensor:
         shared = sum(pricing.basis_bytes(c, b) for c, b in zip(curves, bases, strict=True))
 
         def over(scale: Tensor) -> Tensor:
             taken = shared + sum(
-                float(pricing.priced(c, b, scale * weights, dtype, _usual(b)).nbytes.sum())
-                for c, b in zip(curves, bases, strict=True)
+                float(pricing.priced(some, some.of(bases), scale * weights, dtype, usual=True).nbytes.sum())
+                for some in bunches
             )
             return torch.tensor(taken > budget)
 
@@ -87,22 +88,19 @@ def for_errors(curves: Sequence[Curve], adapters: int, allowed: Tensor, dtype: s
     for c in curves:
         energies[list(c.having)] += c.energies
     unit = torch.where(energies > 0, 1 / energies.clamp_min(1e-300), 1)
+    bunches = pricing.bunches(curves)
 
     def aim(bases: Sequence[Bases]) -> Tensor:
         def over(scale: Tensor) -> Tensor:
             total = torch.zeros(adapters, dtype=torch.float64)
-            for c, b in zip(curves, bases, strict=True):
-                total[list(c.having)] += pricing.priced(c, b, scale * unit, dtype, _usual(b)).residual
+            for some in bunches:
+                found = pricing.priced(some, some.of(bases), scale * unit, dtype, usual=True)
+                total.index_add_(0, some.having.flatten(), found.residual.flatten())
             return total <= allowed
 
         return _bisected(over, torch.ones(adapters, dtype=torch.float64)) * unit
 
     return aim
-
-
-def _usual(bases: Bases) -> list[int]:
-    """No loadings, or all that the bases allow: enough to find a worth."""
-    return list(dict.fromkeys((0, LOADED.index((bases.left is not None, bases.right is not None)))))
 
 
 def _bisected(over: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
@@ -119,11 +117,15 @@ def _bisected(over: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 def settled(curves: Sequence[Curve], aim: Aim, dtype: str) -> tuple[tuple[Bases, ...], Tensor]:
     """Bases of every module and the worth (n,) that go with each other."""
-    bases: tuple[Bases, ...] = (Bases(),) * len(curves)
+    bases = [Bases()] * len(curves)
+    bunches = pricing.bunches(curves)
     for _ in range(ROUNDS):
         worth = aim(bases)
-        bases = tuple(pricing.best_bases(c, worth, dtype, b) for c, b in zip(curves, bases, strict=True))
-    return bases, aim(bases)
+        for some in bunches:
+            best = pricing.best_bases(some, worth, dtype, some.of(bases))
+            for place, each in zip(some.places, best, strict=True):
+                bases[place] = each
+    return tuple(bases), aim(bases)
 
 
 def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: str) -> list[Profile]:
@@ -134,9 +136,10 @@ def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: 
     """
     wanted: Counter[Profile] = Counter()
     for factor in AROUND:
-        for c, b in zip(curves, bases, strict=True):
-            one = pricing.priced(c, b, factor * worth, dtype)
-            units = Counter(zip(map(tuple, one.rates.tolist()), one.loaded.tolist(), strict=True))
+        for some in pricing.bunches(curves):
+            found = pricing.priced(some, some.of(bases), factor * worth, dtype)
+            rates_of, loaded_of = found.rates.flatten(0, 1).tolist(), found.loaded.flatten().tolist()
+            units = Counter(zip(map(tuple, rates_of), loaded_of, strict=True))
             for (rates, loaded), count in units.items():
                 wanted[pricing.profile(rates, loaded)] += count
     offers = [NOTHING, *(p for p, _ in wanted.most_common() if p.rank and p.nameable)][:OFFERS]
@@ -201,6 +204,7 @@ def _predicted(
     Args:
         rows: places in the curve.
     """
+    (one,) = pricing.bunches([curve])
     squares = curve.sigma[list(rows)].square()
     ranks = torch.tensor(curve.ranks)[list(rows)]
     most = min(squares.shape[1], table.sides.shape[1])
@@ -213,7 +217,7 @@ def _predicted(
             continue
         captured = squares[:, :most, None]
         for side, basis in enumerate(used):
-            kept = (1 - pricing.leftover(curve, side, basis)).double()
+            kept = (1 - pricing.leftover(one, side, [basis])[0]).double()
             kept = kept[list(rows), :most] if basis else kept.expand(len(rows), most, -1)
             at = table.sides[side, :most][:, mine]
             captured = captured * torch.nn.functional.pad(kept, (0, 1)).gather(

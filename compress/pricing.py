@@ -17,7 +17,7 @@ itself; a module takes the bases of least total. Every such choice is best among
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -38,19 +38,77 @@ from lorazip.compress.profile import (
 from lorazip.trellis import DISTORTION
 
 BASIS_RATES = (2, 3, 4)
+PRICES = 2**21  # of a bunch at a time: modules, adapters, rows and pairs of rates
 LOADED = ((False, False), (False, True), (True, False), (True, True))
 
 
-def leftover(curve: Curve, side: int, basis: Basis | None) -> Tensor:
-    """d of every singular vector at every rate: (n, r, rates) with loadings, (1, 1, rates) without a basis."""
+@dataclass(frozen=True)
+class Bunch:
+    """Modules that are alike, so that they are priced together: of one shape, as many adapters, as many rows.
+
+    Attributes:
+        places: of all curves, which they are.
+        having: (m, n) the adapters that have them.
+        energy: (m, n, r) float32, squares of the singular values.
+        outside: `Curve.outside` of both sides, (m, n, r, sizes).
+    """
+
+    places: tuple[int, ...]
+    curves: tuple[Curve, ...]
+    having: Tensor
+    energy: Tensor
+    outside: tuple[Tensor, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.curves[0].shape
+
+    def of(self, each: Sequence[Bases]) -> list[Bases]:
+        """Those of these modules, out of one for every curve."""
+        return [each[place] for place in self.places]
+
+
+def bunches(curves: Sequence[Curve]) -> list[Bunch]:
+    """All modules, those that are alike together."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, c in enumerate(curves):
+        sizes = [outside.shape[2] for outside in c.outside]
+        alike.setdefault((c.shape, c.sigma.shape, *sizes), []).append(place)
+    found = []
+    for places in alike.values():
+        each = max(1, PRICES // max(1, curves[places[0]].sigma.numel() * len(RATES) ** 2))
+        for at in range(0, len(places), each):
+            some = [curves[place] for place in places[at : at + each]]
+            found.append(
+                Bunch(
+                    tuple(places[at : at + each]),
+                    tuple(some),
+                    torch.tensor([c.having for c in some]),
+                    torch.stack([c.sigma.square().float() for c in some]),
+                    (torch.stack([c.outside[0] for c in some]), torch.stack([c.outside[1] for c in some])),
+                )
+            )
+    return found
+
+
+def leftover(bunch: Bunch, side: int, used: Sequence[Basis | None]) -> Tensor:
+    """d of every singular vector at every rate: (m, n, r, rates); (1, 1, 1, rates) where no module has a basis.
+
+    Args:
+        used: of every module, the basis on which there are loadings.
+    """
     rates = torch.tensor(LEFT)
-    if basis is None:
-        return rates[None, None]
-    width = curve.shape[side]
-    held = (1 - curve.outside[side][:, :, SIZES.index(basis.columns)]) * (1 - DISTORTION[basis.rate])
+    if not any(used):
+        return rates.view(1, 1, 1, -1)
+    size = torch.tensor([SIZES.index(b.columns) if b else 0 for b in used]).view(-1, 1, 1, 1)
+    share = torch.tensor([1 - DISTORTION[b.rate] if b else 0.0 for b in used]).view(-1, 1, 1)
+    columns = torch.tensor([b.columns if b else 0 for b in used]).view(-1, 1, 1, 1)
+    outside = bunch.outside[side]
+    held = (1 - outside.gather(3, size.expand(*outside.shape[:3], 1))[..., 0]) * share
     loadings = torch.tensor([LOADINGS[loading_bits(rate)] for rate in RATES])
-    own = rates * torch.where(rates < 1, 1 - basis.columns / width, 1)
-    return (1 - held)[:, :, None] * own + held[:, :, None] * loadings
+    own = rates * torch.where(rates < 1, 1 - columns / bunch.shape[side], 1)
+    return (1 - held)[..., None] * own + held[..., None] * loadings
 
 
 def side_bytes(curve: Curve, side: int, basis: Basis | None, dtype: str) -> Tensor:
@@ -77,13 +135,13 @@ def basis_bytes(curve: Curve, bases: Bases) -> int:
 
 @dataclass(frozen=True)
 class Priced:
-    """What a worth chooses in one module.
+    """What a worth chooses in the modules of a bunch.
 
     Attributes:
-        cost: (n,) worth times residual plus bytes.
-        residual, nbytes: (n,).
-        rates: (n, r) indices: left rate times len(RATES) plus right rate; -1: the component is left out.
-        loaded: (n,) index into LOADED.
+        cost: (m, n) worth times residual plus bytes.
+        residual, nbytes: (m, n).
+        rates: (m, n, r) indices: left rate times len(RATES) plus right rate; -1: the component is left out.
+        loaded: (m, n) index into LOADED.
     """
 
     cost: Tensor
@@ -93,49 +151,68 @@ class Priced:
     loaded: Tensor
 
 
-def priced(
-    curve: Curve, bases: Bases, worth: Tensor, dtype: str, flags: Sequence[int] | None = None
-) -> Priced:
-    """The best profile of every adapter that has the module.
+def priced(bunch: Bunch, bases: Sequence[Bases], worth: Tensor, dtype: str, *, usual: bool = False) -> Priced:
+    """The best profile of every adapter in every module.
 
     Args:
+        bases: of each module.
         worth: (adapters,) bytes for a unit of residual.
-        flags: which of LOADED to try; None for all that the bases allow.
+        usual: try no loadings and all that the bases allow; not one side alone. Enough to find a worth or bases.
     """
-    mu = worth[list(curve.having)][:, None].float()
-    energy = curve.sigma.square().float()
-    if flags is None:
-        flags = [i for i, on in enumerate(LOADED) if (bases.left or not on[0]) and (bases.right or not on[1])]
-    found = [_priced(curve, bases, mu, energy, dtype, LOADED[i]) for i in flags]
-    costs = torch.stack([one.cost for one in found])
-    best = costs.argmin(0)
-    rows = torch.arange(len(best))
+    mu = worth[bunch.having][..., None].float()
+    most = [LOADED.index((b.left is not None, b.right is not None)) for b in bases]
+    found = []
+    for tried in [[0] * len(most), most] if usual else [[i] * len(most) for i in range(len(LOADED))]:
+        possible = torch.tensor([_possible(b, i) for b, i in zip(bases, tried, strict=True)])
+        if bool(possible.any()):
+            one = _priced(bunch, bases, mu, dtype, tried)
+            found.append(replace(one, cost=torch.where(possible[:, None], one.cost, torch.inf)))
+    best = torch.stack([one.cost for one in found]).argmin(0)[None]
 
     def pick(name: str) -> Tensor:
-        return torch.stack([getattr(one, name) for one in found])[best, rows]
+        each = torch.stack([getattr(one, name) for one in found])
+        at = best[..., None].expand(-1, -1, -1, each.shape[3]) if each.dim() == 4 else best
+        return each.gather(0, at)[0]
 
-    return Priced(pick("cost"), pick("residual"), pick("nbytes"), pick("rates"), torch.tensor(flags)[best])
+    return Priced(*(pick(field.name) for field in fields(Priced)))
 
 
-def _priced(
-    curve: Curve, bases: Bases, mu: Tensor, energy: Tensor, dtype: str, loaded: tuple[bool, bool]
-) -> Priced:
-    used = [basis if on else None for basis, on in zip((bases.left, bases.right), loaded, strict=True)]
-    left, right = (leftover(curve, side, basis) for side, basis in enumerate(used))
-    sizes = [side_bytes(curve, side, basis, dtype) for side, basis in enumerate(used)]
-    nbytes = (sizes[0][:, None] + sizes[1]).flatten()  # (rates^2,)
+def _possible(bases: Bases, flag: int) -> bool:
+    left, right = LOADED[flag]
+    return (bases.left is not None or not left) and (bases.right is not None or not right)
+
+
+def _priced(bunch: Bunch, bases: Sequence[Bases], mu: Tensor, dtype: str, flags: Sequence[int]) -> Priced:
+    used = [
+        [
+            (b.left, b.right)[side] if LOADED[flag][side] else None
+            for b, flag in zip(bases, flags, strict=True)
+        ]
+        for side in (0, 1)
+    ]
+    left, right = (leftover(bunch, side, each) for side, each in enumerate(used))
+    sizes = [
+        torch.stack([_side_bytes(bunch.shape[side], side, basis, dtype) for basis in each])
+        for side, each in enumerate(used)
+    ]
+    nbytes = (sizes[0][:, :, None] + sizes[1][:, None, :]).flatten(1)  # (m, rates^2)
     left, right = left[..., :, None], right[..., None, :]
     lost = (left + right - left * right).flatten(
         -2
-    )  # (n or 1, r or 1, rates^2), as exact where little is lost
-    value = mu * energy  # (n, r)
-    least, at = (value[..., None] * lost + nbytes).min(2)
+    )  # (m, n, r, rates^2) or ones, as exact where little is lost
+    value = mu * bunch.energy  # (m, n, r)
+    least, at = torch.addcmul(nbytes[:, None, None], value[..., None], lost).min(3)
     kept = least < value
-    share = torch.where(kept, lost.expand(*energy.shape, -1).gather(2, at[..., None])[..., 0], 1)
-    residual = (energy * share).double().sum(1)
-    taken = (nbytes[at] * kept).sum(1)
-    at = torch.where(kept, at, -1)
-    return Priced(torch.where(kept, least, value).sum(1), residual, taken.double(), at, at)
+    share = lost.expand(*value.shape, -1).gather(3, at[..., None])[..., 0]
+    residual = (bunch.energy * torch.where(kept, share, 1)).double().sum(2)
+    taken = (nbytes.gather(1, at.flatten(1)).view_as(at) * kept).sum(2)
+    return Priced(
+        torch.where(kept, least, value).sum(2),
+        residual,
+        taken.double(),
+        torch.where(kept, at, -1),
+        torch.tensor(flags)[:, None].expand(-1, value.shape[1]),
+    )
 
 
 def profile(rates: Sequence[int], loaded: int) -> Profile:
@@ -150,25 +227,26 @@ def profile(rates: Sequence[int], loaded: int) -> Profile:
     )
 
 
-def best_bases(curve: Curve, worth: Tensor, dtype: str, start: Bases) -> Bases:
-    """The bases of least total cost, one side after the other, from those of an earlier round."""
-    best = start
-    least = _total(curve, best, worth, dtype)
+def best_bases(bunch: Bunch, worth: Tensor, dtype: str, start: Sequence[Bases]) -> list[Bases]:
+    """The bases of least total cost of each module, one side after the other, from those of an earlier round."""
+    best = list(start)
+    least = _total(bunch, best, worth, dtype)
     for side in (1, 0):
-        for option in _options(curve, side):
-            tried = Bases(best.left, option) if side else Bases(option, best.right)
-            cost = _total(curve, tried, worth, dtype)
-            if cost < least:
-                best, least = tried, cost
+        for option in _options(bunch, side):
+            tried = [Bases(b.left, option) if side else Bases(option, b.right) for b in best]
+            cost = _total(bunch, tried, worth, dtype)
+            better = cost < least
+            best = [new if is_ else old for new, old, is_ in zip(tried, best, better.tolist(), strict=True)]
+            least = torch.where(better, cost, least)
     return best
 
 
-def _options(curve: Curve, side: int) -> list[Basis | None]:
-    sizes = SIZES[: curve.outside[side].shape[2]]
+def _options(bunch: Bunch, side: int) -> list[Basis | None]:
+    sizes = SIZES[: bunch.outside[side].shape[3]]
     return [None, *(Basis(columns, rate) for columns in sizes for rate in BASIS_RATES)]
 
 
-def _total(curve: Curve, bases: Bases, worth: Tensor, dtype: str) -> float:
-    both = LOADED.index((bases.left is not None, bases.right is not None))
-    flags = list(dict.fromkeys((0, both)))
-    return float(priced(curve, bases, worth, dtype, flags).cost.double().sum()) + basis_bytes(curve, bases)
+def _total(bunch: Bunch, bases: Sequence[Bases], worth: Tensor, dtype: str) -> Tensor:
+    """(m,)."""
+    own = priced(bunch, bases, worth, dtype, usual=True).cost.double().sum(1)
+    return own + torch.tensor([float(basis_bytes(bunch.curves[0], b)) for b in bases], dtype=torch.float64)

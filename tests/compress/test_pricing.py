@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import cache
 from itertools import product
 
@@ -17,7 +18,7 @@ from lorazip.codecs import codec
 from lorazip.compress import auto, pricing
 from lorazip.compress.curves import SIZES, Curve, curve
 from lorazip.compress.encode import prepare
-from lorazip.compress.pricing import LOADED
+from lorazip.compress.pricing import LOADED, Priced
 from lorazip.compress.profile import (
     INT8,
     LEFT,
@@ -48,6 +49,19 @@ def drawn(seed: int, adapters: int = 3, rank: int = 2, shape: tuple[int, int] = 
     having = tuple(range(0, 2 * adapters, 2))
     sizes = torch.full((adapters,), 1000.0).double()
     return Curve(having, shape, 10 * sigma, (rank,) * adapters, sizes, (outside[0], outside[1]))
+
+
+def priced(one: Curve, bases: Bases, worth: Tensor, dtype: str) -> Priced:
+    """One module by itself, without the dimension of modules."""
+    (bunch,) = pricing.bunches([one])
+    found = pricing.priced(bunch, [bases], worth, dtype)
+    return Priced(*(getattr(found, field.name)[0] for field in fields(Priced)))
+
+
+def best_bases(one: Curve, worth: Tensor, start: Bases) -> Bases:
+    (bunch,) = pricing.bunches([one])
+    (found,) = pricing.best_bases(bunch, worth, "float16", [start])
+    return found
 
 
 # --- the model of the docstring, in plain Python ----------------------------------------------------------------------
@@ -106,7 +120,7 @@ def cheapest(one: Curve, bases: Bases, worth: float, i: int) -> float:
 @given(st.integers(0, 10_000), st.sampled_from(EVERY), worths)
 def test_the_price_is_the_least_of_all_combinations(seed: int, bases: Bases, worth: float) -> None:
     one = drawn(seed, adapters=1)
-    found = pricing.priced(one, bases, torch.tensor([worth]), "float16")
+    found = priced(one, bases, torch.tensor([worth]), "float16")
     assert float(found.cost) == pytest.approx(cheapest(one, bases, worth, 0), rel=1e-4)
 
 
@@ -116,7 +130,7 @@ def test_what_is_chosen_costs_what_is_said(seed: int, bases: Bases, worth: float
     """Bytes and residual of the rates, and that the tables from which `auto` chooses in the end know them alike."""
     one = drawn(seed, adapters=4, rank=3)
     mu = worth * torch.linspace(0.2, 3, 8)
-    found = pricing.priced(one, bases, mu, "float16")
+    found = priced(one, bases, mu, "float16")
     for i in range(4):
         profile = pricing.profile(found.rates[i].tolist(), int(found.loaded[i]))
         assert profile.loaded in allowed(bases)
@@ -148,11 +162,31 @@ def test_a_larger_worth_takes_more_bytes_and_leaves_less(
 ) -> None:
     """Everett's theorem, for every adapter by itself."""
     one = drawn(seed, adapters=6, rank=4)
-    cheap, dear = (
-        pricing.priced(one, bases, torch.full((12,), mu), "float16") for mu in (worth, factor * worth)
-    )
+    cheap, dear = (priced(one, bases, torch.full((12,), mu), "float16") for mu in (worth, factor * worth))
     assert bool((dear.nbytes >= cheap.nbytes).all())
     assert bool((dear.residual <= cheap.residual + 1e-6 * one.energies).all())
+
+
+@pytest.mark.parametrize("most", [1, 2**21])
+def test_modules_are_priced_together_as_they_are_alone(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike or not, with the same bases or others, all at once or a few at a time."""
+    monkeypatch.setattr(pricing, "PRICES", most)
+    shapes = [(40, 70), (70, 40), (40, 70), (40, 70), (40, 70)]
+    curves = [drawn(seed, adapters=3 + (seed == 3), shape=shape) for seed, shape in enumerate(shapes)]
+    bases = [EVERY[i % 4] for i in range(5)]
+    mu = torch.linspace(1, 40, 8)
+    bunches = pricing.bunches(curves)
+    assert sorted(len(one.places) for one in bunches) == ([1] * 5 if most == 1 else [1, 1, 3])
+    for bunch in bunches:
+        for usual in (False, True):
+            together = pricing.priced(bunch, bunch.of(bases), mu, "float16", usual=usual)
+            chosen = pricing.best_bases(bunch, mu, "float16", bunch.of(bases))
+            for i, place in enumerate(bunch.places):
+                (alone,) = pricing.bunches([curves[place]])
+                found = pricing.priced(alone, [bases[place]], mu, "float16", usual=usual)
+                for field in fields(Priced):
+                    assert torch.equal(getattr(together, field.name)[i], getattr(found, field.name)[0])
+                assert [chosen[i]] == pricing.best_bases(alone, mu, "float16", [bases[place]])
 
 
 @steady
@@ -162,12 +196,10 @@ def test_bases_never_cost_more_than_none_or_than_those_of_before(seed: int, wort
     mu = torch.full((24,), worth)
 
     def total(bases: Bases) -> float:
-        return float(pricing.priced(one, bases, mu, "float16").cost.double().sum()) + pricing.basis_bytes(
-            one, bases
-        )
+        return float(priced(one, bases, mu, "float16").cost.double().sum()) + pricing.basis_bytes(one, bases)
 
     for start in (Bases(), BOTH):
-        best = pricing.best_bases(one, mu, "float16", start)
+        best = best_bases(one, mu, start)
         assert total(best) <= total(start) * (1 + 1e-6) + 1e-3
         assert total(best) <= total(Bases()) * (1 + 1e-6) + 1e-3
         for columns in SIZES[:2]:  # the right side is chosen first, from all
@@ -191,7 +223,7 @@ def test_bases_are_taken_where_they_pay() -> None:
         module, _ = prepare("m", made, Spec(ratio=4.0, device="cpu"))
         one = curve(module, range(40))
         worth = 300 / one.energies.float()
-        found.append(pricing.best_bases(one, worth, "float16", Bases()))
+        found.append(best_bases(one, worth, Bases()))
     assert found[0].right is not None and found[0].right.columns == 4
     assert found[1] == Bases()
 
@@ -200,7 +232,7 @@ def test_worth_is_that_of_the_adapter_not_of_its_place() -> None:
     """Curves hold only adapters that have the module; worths are of all."""
     one = drawn(5, adapters=2)
     worth = torch.tensor([1e9, 0.0, 1e-9, 1e9])
-    found = pricing.priced(one, Bases(), worth, "float16")
+    found = priced(one, Bases(), worth, "float16")
     assert one.having == (0, 2)
     assert int(found.nbytes[0]) == 2 * (taken(40, 0, None, WHOLE) + taken(70, 1, None, WHOLE))
     assert int(found.nbytes[1]) == 0
@@ -211,6 +243,6 @@ def test_zero_adapters_take_nothing() -> None:
     one = drawn(6)
     one.sigma[1] = 0
     for bases in EVERY:
-        found = pricing.priced(one, bases, torch.full((6,), 1e12), "float16")
+        found = priced(one, bases, torch.full((6,), 1e12), "float16")
         assert float(found.cost[1]) == float(found.residual[1]) == float(found.nbytes[1]) == 0
         assert pricing.profile(found.rates[1].tolist(), int(found.loaded[1])) == Profile()
