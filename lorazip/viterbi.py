@@ -33,7 +33,7 @@ def paths(x: Tensor, table: Tensor, k: int, sure: int, record: Tensor) -> Tensor
     """
     rows, steps, v = x.shape
     costs, (kept, parts, _) = record.numpy(), record.shape
-    search, trace = _compiled(v)
+    search, trace = _compiled()
     entries = np.ascontiguousarray(table.numpy(), dtype=np.float32)
     energy = np.square(entries).sum(1)
     found = torch.empty(rows, steps, dtype=torch.long)
@@ -124,8 +124,8 @@ def _trace(minus: Any, energy: Any, table: Any, k: int, record: Any, codes: Any,
 
 
 @cache
-def _compiled(v: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Search and trace, as machine code: half a second, once a process; nothing is written to a disk."""
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Search and trace, as machine code: a second, once a process; nothing is written to a disk."""
     import numba  # only where rows are encoded: it takes a while to come
 
     fast = numba.njit(nogil=True, fastmath=FAST)
