@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ LANES = 64
 # Nothing is NaN or infinite here, and sums may be rounded once instead of twice: without these, no vectors.
 FAST = {"nnan", "ninf", "nsz", "contract"}
 FAR = 1e30  # the cost of a state that cannot be
+_one = Lock()  # of several threads that come at once, one compiles
 
 
 def paths(x: Tensor, table: Tensor, k: int, sure: int, record: Tensor) -> Tensor:
@@ -123,10 +125,14 @@ def _trace(minus: Any, energy: Any, table: Any, k: int, record: Any, codes: Any,
             place[lane] = best >> k
 
 
-@cache
 def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """Search and trace, as machine code: a second, once a process; nothing is written to a disk."""
+    with _one:
+        return _made()
+
+
+@cache
+def _made() -> tuple[Callable[..., None], Callable[..., None]]:
     import numba  # only where rows are encoded: it takes a while to come
 
-    fast = numba.njit(nogil=True, fastmath=FAST)
-    return fast(_search), numba.njit(nogil=True)(_trace)
+    return numba.njit(nogil=True, fastmath=FAST)(_search), numba.njit(nogil=True)(_trace)
