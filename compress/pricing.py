@@ -197,9 +197,8 @@ def _priced(bunch: Bunch, bases: Sequence[Bases], mu: Tensor, dtype: str, flags:
     ]
     nbytes = (sizes[0][:, :, None] + sizes[1][:, None, :]).flatten(1)  # (m, rates^2)
     left, right = left[..., :, None], right[..., None, :]
-    lost = (left + right - left * right).flatten(
-        -2
-    )  # (m, n, r, rates^2) or ones, as exact where little is lost
+    # (m, n, r, rates^2) or ones; as exact where little is lost as where much is
+    lost = (left + right - left * right).flatten(-2)
     value = mu * bunch.energy  # (m, n, r)
     least, at = torch.addcmul(nbytes[:, None, None], value[..., None], lost).min(3)
     kept = least < value
