@@ -71,11 +71,12 @@ class Place:
     target: Path
     work: Path
     inputs: list[str]  # of the train split
+    judge_epochs: int
 
     @property
     def judge(self) -> Path:
         """Where the discriminator goes."""
-        return self.work / "discriminator"
+        return self.work / f"discriminator-{self.judge_epochs}"
 
     def file(self, name: str, inputs: Sequence[str]) -> str:
         """Inputs as a file."""
@@ -137,11 +138,11 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
     found = tasks.read(
         tasks.find([str(options.tasks)])[name][0], split="test", limit=options.limit, columns={}
     )
-    work = options.work / f"{name} {direction.replace('->', ' ')} {options.seed}"
+    work = options.work / f"{name} {direction.replace('->', ' ')} {options.seed} {options.dtype}"
     work.mkdir(parents=True, exist_ok=True)
     inputs = [example.input for example in found.shots]
     random.Random(options.seed).shuffle(inputs)
-    place = Place(found, *pair, work, list(dict.fromkeys(inputs)))
+    place = Place(found, *pair, work, list(dict.fromkeys(inputs)), options.judge_epochs)
     adapter, seconds = _source(place, options)
     print(f"{name} {direction}: source {seconds:.0f} s", flush=True)
     accuracy = _discriminator(place, options) if "discriminator" in setting["routes"] else None
@@ -174,6 +175,7 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
             if one.judged is not None
         }
     row["engine"], row["threads"] = engine.name, options.threads
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     with options.results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{name} {direction}: {row['minutes']} min", flush=True)

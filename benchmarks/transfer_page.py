@@ -47,6 +47,15 @@ class Group:
         return f"{self.setting['count']} inputs, at most {self.setting['epochs']} epochs"
 
     @property
+    def measured(self) -> str:
+        """What its rows have in common, in words."""
+        setting = self.setting
+        return (
+            f"Learning rate {', '.join(f'{rate:g}' for rate in setting['rates'])}, bases in {setting['dtype']} while "
+            f"training, seed {setting['seed']}; up to {setting['limit']} test examples."
+        )
+
+    @property
     def routes(self) -> list[str]:
         found: list[str] = self.setting["routes"]
         return found
@@ -61,6 +70,10 @@ class Group:
                 flags += f" --judge-epochs {setting['judge_epochs']}"
             if self.routes != list(ROUTES):
                 flags += "".join(f" --route {route}" for route in self.routes)
+            flags += (
+                f" --rates {' '.join(f'{rate:g}' for rate in setting['rates'])} --dtype {setting['dtype']}"
+            )
+            flags += f" --seed {setting['seed']}"
             alike.setdefault(flags, []).append(setting["task"])
         return [
             f"{script} {flags}" + "".join(f" --task {name}" for name in dict.fromkeys(names))
@@ -69,11 +82,12 @@ class Group:
 
 
 def _groups(rows: Sequence[Row]) -> list[Group]:
-    """By inputs, epochs and routes; those with all routes first."""
+    """Rows of one setting, the tasks' discriminators apart; those with all routes first."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         setting = row["setting"]
-        key = (len(ROUTES) - len(setting["routes"]), setting["count"], setting["epochs"], *setting["routes"])
+        same = [setting[name] for name in ("count", "epochs", "limit", "rates", "dtype", "seed", "routes")]
+        key = (len(ROUTES) - len(setting["routes"]), setting["count"], json.dumps(same))
         found.setdefault(key, []).append(row)
     return [
         Group(
@@ -87,7 +101,6 @@ def _groups(rows: Sequence[Row]) -> list[Group]:
 def _page(rows: Sequence[Row]) -> list[str]:
     groups = _groups(rows)
     chosen, means = _route(rows)
-    setting = rows[0]["setting"]
     script = "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS"
     lines = [
         "# Moving adapters to another base: results",
@@ -99,9 +112,7 @@ def _page(rows: Sequence[Row]) -> list[str]:
         "",
         f"{date.today().isoformat()}; {_machine()}. Nothing here was measured on a GPU.",
         "",
-        "S is SmolLM2-135M-Instruct, G is Gemma 3 270M (pretrained). Learning rate "
-        f"{', '.join(f'{rate:g}' for rate in setting['rates'])}, bases in {setting['dtype']} while training, seed "
-        f"{setting['seed']}. Exact match on up to {setting['limit']} test examples, in per cent, with 95 % bootstrap "
+        "S is SmolLM2-135M-Instruct, G is Gemma 3 270M (pretrained). Exact match in per cent, with 95 % bootstrap "
         "intervals.",
         "",
         "## Scores",
@@ -111,7 +122,7 @@ def _page(rows: Sequence[Row]) -> list[str]:
         "without the answers, at most as many as the other routes have.",
     ]
     for group in groups:
-        lines += ["", f"### {group.title}", "", *_scores(group)]
+        lines += ["", f"### {group.title}", "", group.measured, "", *_scores(group)]
     told = ", ".join(f"{route} {100 * mean:.1f} %" for route, mean in means.items())
     lines += ["", "## The fixed route", ""]
     lines += [
@@ -175,6 +186,8 @@ def _line(row: Row) -> str:
 def _route(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
     """The data-free route of the best mean score on the validation splits, where there was a choice."""
     have = [row for row in rows if row["validation"]]
+    if not have:
+        raise SystemExit(f"no cell has all of {', '.join(FREE)}: there is no route to choose")
     means = {route: sum(row["validation"].get(route, 0.0) for row in have) / len(have) for route in FREE}
     return max(means, key=lambda route: means[route]), means
 
@@ -255,10 +268,12 @@ def _inputs(group: Group) -> list[str]:
     columns = ["discriminator: epochs", "accuracy"] if judged else []
     columns += [f"written: {route}" for route in free]
     columns += ["nearest to a seed", "threads", "minutes a cell", "training, minutes an adapter"]
-    judge, splits = (", a discriminator", ", all scored on two splits") if judged else ("", "")
+    parts = ["a source adapter"] + ["a discriminator"] * judged
+    parts += [f"{len(group.routes)} transfer{'s' * (len(group.routes) > 1)}"]
+    parts += ["an oracle"] * ("retained" in group.routes)
+    splits = ", all scored on two splits" if set(FREE) <= set(free) else ""
     lines = [
-        f"A cell is a source adapter{judge}, {len(group.routes)} transfers and an oracle{splits}. With one thread, two "
-        "cells ran side by side on the two cores.",
+        f"A cell is {', '.join(parts)}{splits}. With one thread, two cells ran side by side on the two cores.",
         "",
         "| task | | " + " | ".join(columns) + " |",
         "| --- | --- " + "| ---: " * len(columns) + "|",
@@ -271,8 +286,8 @@ def _inputs(group: Group) -> list[str]:
         for route in free:
             found = row["routes"][route]["stages"].get("filter")
             cells.append(f"{found['kept']} of {found['asked']}" if found else "–")
-        stages = row["routes"][free[0]]["stages"]
-        near = stages["filter"]["overlap"]["nearest"] if "filter" in stages else None
+        stages = row["routes"][(free or group.routes)[0]]["stages"]
+        near = stages["filter"]["overlap"]["nearest"] if free and "filter" in stages else None
         cells += ["–" if near is None else f"{100 * near:.0f} %", str(row["threads"]), str(row["minutes"])]
         cells.append(f"{stages['train']['seconds'] / 60:.1f}" if "train" in stages else "–")
         lines.append(f"| {' | '.join(cells)} |")

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import torch
 
+from lorazip import unfinished
 from lorazip.adapter import LowRank
-from lorazip.bundle import Bundle
+from lorazip.bundle import MANIFEST, Bundle
 from lorazip.compress import cluster, encode, finished, partial, planning, shards, sides
 from lorazip.compress.assemble import DirectorySink, SizeSink, assemble
 from lorazip.compress.auto import Plan
@@ -293,13 +294,13 @@ def _write(
     inputs: Inputs, spec: Spec, output: Path, resume: bool, force: bool, progress: Progress
 ) -> tuple[Bundle, list[Shard]]:
     done = finished.find(output, inputs, spec, force, progress) if resume else None
-    with partial.working(output, partial.identity(inputs, spec), resume, force) as folder:
+    with unfinished.working(output, partial.identity(inputs, spec), resume, force) as folder:
         if done is not None:
-            partial.discard(folder, output)
+            unfinished.discard(folder, output)
             return Bundle.open(output), done
         encoded = _encode_all(inputs, spec, folder, progress)
-        assemble(inputs, spec, encoded, DirectorySink(folder / partial.BUNDLE), progress)
+        assemble(inputs, spec, encoded, DirectorySink(folder / unfinished.BUNDLE), progress)
         # Without the maps: some file systems keep a file, and so its folder, as long as it is mapped.
         encoded = [replace(shard, file=None) for shard in encoded]
-        partial.publish(folder, output, force)
+        unfinished.publish(folder, output, force, MANIFEST)
     return Bundle.open(output), encoded

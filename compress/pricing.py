@@ -162,7 +162,8 @@ def priced(bunch: Bunch, bases: Sequence[Bases], worth: Tensor, dtype: str, *, u
     mu = worth[bunch.having][..., None].float()
     most = [LOADED.index((b.left is not None, b.right is not None)) for b in bases]
     found = []
-    for tried in [[0] * len(most), most] if usual else [[i] * len(most) for i in range(len(LOADED))]:
+    flags = [0] if usual else range(len(LOADED))
+    for tried in [*([flag] * len(most) for flag in flags), *([most] if usual and any(most) else [])]:
         possible = torch.tensor([_possible(b, i) for b, i in zip(bases, tried, strict=True)])
         if bool(possible.any()):
             one = _priced(bunch, bases, mu, dtype, tried)

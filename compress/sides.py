@@ -7,7 +7,7 @@ energy than the vector and the loss is orthogonal to it. The left rows are then 
 
 which makes good for scales and for what rounded rows share, and are rounded in turn. Loadings are fitted last on each
 side: to the row less its own rounded part. Several modules are encoded together, because the rows of one rate and width
-are: a trellis takes as many steps for ten rows as for hundreds.
+are: a trellis takes as many steps for ten rows as for sixty, on a GPU as for hundreds.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lorazip import unfinished
 from lorazip.compress import job, partial
 from lorazip.compress.assemble import DirectorySink, SizeSink, adapter_errors, assemble
 from lorazip.compress.curves import Curve
@@ -159,10 +160,10 @@ def run(
     if output is None:
         return _found(inputs, spec, ratios, None, None, progress)
     partial.check_inputs(output, inputs)
-    with partial.working(output, partial.identity(inputs, spec), False, force, keep=False) as folder:
+    with unfinished.working(output, partial.identity(inputs, spec), False, force, keep=False) as folder:
         found = _found(inputs, spec, ratios, None if dry_run else folder, judge, progress)
-        _write(folder / partial.BUNDLE, found)
-        partial.publish(folder, output, force, FRONTIER)
+        _write(folder / unfinished.BUNDLE, found)
+        unfinished.publish(folder, output, force, FRONTIER)
     return found
 
 
@@ -191,10 +192,10 @@ def _check_target(output: Path, force: bool) -> None:
             raise TargetError(f"{output} exists and holds more than a frontier (choose another name)")
         if not force:
             raise TargetError(f"{output} exists (use --force to replace it, or choose another name)")
-    unfinished = partial.folder(output)
-    if unfinished.exists() and not force:
-        raise TargetError(f"{unfinished} is an unfinished run (--force discards it)")
-    partial.check_place(output)
+    left = unfinished.folder(output)
+    if left.exists() and not force:
+        raise TargetError(f"{left} is an unfinished run (--force discards it)")
+    unfinished.check_place(output)
 
 
 def _ours(path: Path) -> bool:

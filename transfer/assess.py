@@ -83,7 +83,9 @@ def key(move: Move, world: World) -> str:
     """What the scores depend on."""
     gate = move.recipe.gate
     task = asdict(labelled(move)) if gate.tests else {}
-    return digest("evaluate", learn.key(move, world), asdict(gate), task, world.engine.name)
+    return digest(
+        "evaluate", learn.key(move, world), asdict(gate), task, world.engine.name, str(world.engine.dtype)
+    )
 
 
 def evaluate(world: World, moves: Sequence[Move]) -> None:

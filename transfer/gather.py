@@ -56,7 +56,7 @@ def key(move: Move, world: World, judged: bool) -> str:
     judge = ""
     if judged and judges(move):  # by its effect: another may lie at the same place later
         judge = effect(discriminator.read(Path(recipe.filter.discriminator)).adapter)
-    told = [judge, asdict(spec) | {"seeds": "", "prompts": ""}]
+    told = [judge, str(world.engine.dtype), asdict(spec) | {"seeds": "", "prompts": ""}]
     return digest("inputs", told, move.seeds, move.prompts, _writer(move, world), world.engine.name)
 
 

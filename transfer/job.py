@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from lorazip.sources import open_adapters
 from lorazip.transfer import assess, discriminator, fits, gather, learn, probe, publish, teach, texts, warm
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.assess import Judged
-from lorazip.transfer.move import STAGES, Move, alive
+from lorazip.transfer.move import STAGES, STATE, Move, alive
 from lorazip.transfer.recipe import Recipe
 from lorazip.transfer.world import World, located
 
@@ -45,6 +45,7 @@ COLUMNS = {
     "discriminator": ("filter", "discriminator"),
     "tests": ("gate", "tests"),
 }  # of a table of many adapters -> table and key of the recipe
+LINE = '{"adapter": "…", "seeds": "…"}'  # of a table
 _FILES = ("adapter", "seeds", "prompts", "discriminator", "tests")
 
 
@@ -84,34 +85,30 @@ def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "reci
         table: JSON lines, with columns of `COLUMNS`; paths in it are relative to it.
     Raises:
         UsageError: the recipe is not as it should be, or two names of the table are alike; InputError: the table cannot
-            be read, or some of its lines are not as they should be: all of them.
+            be read, or lines are not as they should be: all of them, up to one that is no JSON.
     """
     if table is None:
         return [recipes.parse(tables, where)]
     found: list[Recipe] = []
     wrong: list[Defect] = []
-    for number, row in rows.lines(table):
-        line = f"{table}: line {number}"
-        problem, remedy = _problem(row)
-        if problem:
-            wrong.append(Defect(line, problem=problem, remedy=remedy))
-            continue
-        settings = {name: dict(value) for name, value in tables.items()}
-        for name, value in row.items():
-            if name in _FILES and value:
-                value = recipes.beside(table.parent, value, name)
-            section, key = COLUMNS[name]
-            settings.setdefault(section, {})[key] = value
-        try:
-            found.append(recipes.parse(settings, line))
-        except UsageError as error:  # a line of text for each key, which begins with the place
-            wrong += [
-                Defect(line, problem=text.removeprefix(f"{line}: ")) for text in str(error).splitlines()
-            ]
+    try:
+        for number, row in rows.lines(table):
+            line = f"{table}: line {number}"
+            problem, remedy = _problem(row)
+            if problem:
+                wrong.append(Defect(line, problem=problem, remedy=remedy))
+                continue
+            try:
+                found.append(recipes.parse(_with(tables, row, table.parent), line))
+            except UsageError as error:  # a line of text for each key, which begins with the place
+                told = [text.removeprefix(f"{line}: ") for text in str(error).splitlines()]
+                wrong += [Defect(line, problem=text) for text in told]
+    except InputError as error:  # no JSON from here on
+        wrong += [replace(defect, remedy=LINE) for defect in error.defects]
     if wrong:
         raise InputError(wrong)
     if not found:
-        raise InputError([Defect(str(table), problem="has no line", remedy='{"adapter": "…", "seeds": "…"}')])
+        raise InputError([Defect(str(table), problem="has no line", remedy=LINE)])
     _require_different(one.source.name or Path(one.source.adapter).name for one in found)
     return found
 
@@ -122,7 +119,19 @@ def _problem(row: Mapping[str, Any]) -> tuple[str, str]:
     if unknown or not all(isinstance(value, str) for value in row.values()):
         problem = f"{unknown[0]!r} is no column" if unknown else "holds more than texts"
         return printable(problem), f"there are {', '.join(COLUMNS)}"
-    return ("", "") if "adapter" in row else ("names no adapter", '{"adapter": "…", "seeds": "…"}')
+    return ("", "") if "adapter" in row else ("names no adapter", LINE)
+
+
+def _with(tables: Mapping[str, Any], row: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """The recipe's tables with what a line says; paths in it are relative to the folder."""
+    found = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
+    for name, value in row.items():
+        if name in _FILES and value:
+            value = recipes.beside(folder, value, name)
+        section, key = COLUMNS[name]
+        if isinstance(found.setdefault(section, {}), dict):  # else parse says what it is
+            found[section][key] = value
+    return found
 
 
 def _require_different(chosen: Iterable[str]) -> None:
@@ -180,6 +189,8 @@ def move(
         LorazipError: what concerns all of them: a base, the folders, names.
     """
     fits.require(processes, engine.device, (one.train.batch for one in parsed))
+    if not output.name:  # "."
+        output = output.resolve()
     folder = work or output.with_name(f"{output.name}.work")
     if len({(one.source.base, one.target.base) for one in parsed}) > 1:
         raise UsageError("one job has one source.base and one target.base")
@@ -284,7 +295,8 @@ def _moves(
         try:
             move = _begun(recipe, output, folder, many)
             if ends:
-                _require_free(move.output, force)
+                publish.require_free(move.output, force)
+            _require_own(move)
             found.append(move)
         except LorazipError as error:
             if not many:
@@ -292,6 +304,20 @@ def _moves(
             lost.append(Moved(name, None, {}, None, error))
     _require_different(move.name for move in found)
     return found, lost
+
+
+def _require_own(move: Move) -> None:
+    """The folder of its stages is written to, and emptied by --purge: it is new, or one that a transfer made.
+
+    Raises:
+        UsageError: it is something else, or lies in the result.
+    """
+    folder, output = move.work.resolve(), move.output.resolve()
+    if folder.is_relative_to(output):
+        raise UsageError("--work must not lie in the result, which may be replaced (choose another)")
+    ours = (folder / STATE).is_file() or not folder.exists()
+    if not ours and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+        raise UsageError(f"{move.work} is no folder of a transfer (choose another --work)")
 
 
 def _begun(recipe: Recipe, output: Path, folder: Path, many: bool) -> Move:
@@ -330,19 +356,6 @@ def open_one(path: str, name: str) -> HasFactors:
     if len(adapters) != 1:
         raise UsageError(f"{path} holds {len(adapters)} adapters: name one, or give --table")
     return adapters[0]
-
-
-def _require_free(output: Path, force: bool) -> None:
-    """Rather now than after hours. An empty directory is free."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / publish.RECORD).is_file():
-        raise TargetError(f"{output} exists and is no result of a transfer (choose another)")
-    if not force:
-        raise TargetError(f"{output} exists (--force replaces it; or choose another)")
-    for path in output.iterdir():
-        if path.name not in publish.FILES:
-            raise TargetError(f"{output} holds {path.name}, which would be lost (choose another)")
 
 
 def _moved(move: Move, judged: Judged | None) -> Moved:

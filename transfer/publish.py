@@ -6,14 +6,14 @@ None of them holds a seed, a synthetic input or an answer: only counts, digests,
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorazip import __version__, page
-from lorazip.compress import partial
+from lorazip import __version__, page, unfinished
 from lorazip.errors import TargetError
 from lorazip.files import write_bytes
 from lorazip.peft_config import CONFIG_FILE
@@ -26,6 +26,7 @@ from lorazip.transfer.world import World
 
 SCHEMA = "lorazip.transfer/1"
 RECORD, PAGE, CARD = "transfer.json", "transfer.html", "README.md"
+JOB = "transfer"  # owns OUTPUT.partial
 FILES = (CONFIG_FILE, WEIGHTS_FILE, RECORD, CARD, PAGE)
 PRIVATE = {
     "source": ("base", "adapter"),
@@ -56,6 +57,7 @@ def document(world: World, move: Move, judged: Judged) -> dict[str, Any]:
         "seeds": {"count": len(move.seeds)},
         "recipe": recipe,
         "engine": world.engine.name,
+        "dtype": str(world.engine.dtype).removeprefix("torch."),
         "stages": {stage: move.known(stage) for stage in STAGES if stage not in ("gate", "synthesise")},
         "gate": asdict(judged),
     }
@@ -67,6 +69,25 @@ def shown(base: str) -> str:
     return path.resolve().name if path.exists() else base
 
 
+def require_free(output: Path, force: bool) -> None:
+    """Rather now than after hours. An empty directory is free; of a link, what it names.
+
+    Raises:
+        TargetError: something is there that may not be replaced, or nothing can be put there.
+    """
+    target = Path(os.path.realpath(output))
+    unfinished.ready(target, JOB, force)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / RECORD).is_file():
+        raise TargetError(f"{output} exists and is no result of a transfer (choose another)")
+    if not force:
+        raise TargetError(f"{output} exists (--force replaces it; or choose another)")
+    for path in target.iterdir():
+        if path.name not in FILES:
+            raise TargetError(f"{output} holds {path.name}, which would be lost (choose another)")
+
+
 def write(world: World, move: Move, judged: Judged, force: bool) -> None:
     """Put the result under its final name.
 
@@ -74,9 +95,10 @@ def write(world: World, move: Move, judged: Judged, force: bool) -> None:
         TargetError: it is there already, or cannot be written.
     """
     trained = learn.folder(move, world) / ADAPTER
-    partial.check_place(move.output)
-    with partial.working(move.output, "transfer", resume=True, force=True, keep=False) as place:
-        fresh = place / partial.BUNDLE
+    target = Path(os.path.realpath(move.output))  # a link stays; what it names is written
+    require_free(move.output, force)
+    with unfinished.working(target, JOB, resume=True, force=force, keep=False) as place:
+        fresh = place / unfinished.BUNDLE
         try:
             shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed right here
             fresh.mkdir()
@@ -90,7 +112,7 @@ def write(world: World, move: Move, judged: Judged, force: bool) -> None:
             write_bytes(fresh / PAGE, _rendered("transfer.html.j2", record, judged).encode())
         except OSError as error:
             raise TargetError(f"{move.output} cannot be written: {error.strerror or error}") from error
-        partial.publish(place, move.output, force, RECORD)
+        unfinished.publish(place, target, force, RECORD)
 
 
 def _rendered(name: str, record: Mapping[str, Any], judged: Judged) -> str:

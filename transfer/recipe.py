@@ -266,6 +266,7 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
         UsageError: a line for every key that is unknown, of another type, or out of range.
     """
     wrong: list[str] = []
+    tables = _counted(tables)
     sections = {f.name: typing.get_type_hints(Recipe)[f.name] for f in dataclasses.fields(Recipe)}
     made = {}
     for name, table in tables.items():
@@ -281,6 +282,19 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if wrong:
         raise UsageError("\n".join(f"{where}: {line}" for line in wrong))
     return recipe
+
+
+def _counted(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Retained prompts alone, and no word of a count: none are written."""
+    inputs = tables.get("inputs")
+    if (
+        isinstance(inputs, dict)
+        and inputs.get("prompts")
+        and not inputs.get("seeds")
+        and "count" not in inputs
+    ):
+        return {**tables, "inputs": {**inputs, "count": 0}}
+    return tables
 
 
 def _section(name: str, kind: Any, table: Mapping[str, Any], wrong: list[str]) -> Any:

@@ -94,9 +94,6 @@ def _tables(options: dict[str, Any]) -> dict[str, Any]:
             inside = tables.setdefault(table, {})
             if isinstance(inside, dict):
                 inside[key] = options[flag]
-    inputs = tables.get("inputs")
-    if isinstance(inputs, dict) and inputs.get("prompts") and not inputs.get("seeds"):
-        inputs.setdefault("count", 0)  # retained prompts alone
     return tables
 
 
@@ -225,7 +222,7 @@ def run(accept_worse: bool, purge: bool, force: bool, **options: Any) -> None:
     """Move adapters to a new base: probe, synthesise, filter, label, train, evaluate, gate.
 
     Every stage is kept in --work: what was killed goes on, and what has not changed is not done again. Exit code 1: the
-    adapter is worse than the bare target base and was refused, or another transfer of --table failed.
+    adapter is worse than the bare target base and was refused, or a transfer of --table failed.
     """
     _run("gate", options, accept_worse=accept_worse, purge=purge, force=force)
 

@@ -13,9 +13,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from lorazip import unfinished
 from lorazip.bundle import Bundle
 from lorazip.cli import group
-from lorazip.compress import auto, check, job, partial, planning, sides
+from lorazip.compress import auto, check, job, planning, sides
 from lorazip.compress.auto import Plan
 from lorazip.compress.profile import NOTHING, ORIGINAL, WHOLE, Bases, Basis, Profile
 from lorazip.compress.spec import Spec
@@ -168,7 +169,7 @@ def test_an_interrupted_run_goes_on(zoo: Path, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(job, "assemble", fail)
         job.run([zoo], spec(ratio=3.0), tmp_path / "b")
-    assert len(list(partial.folder(tmp_path / "b").glob("*.safetensors"))) == len(MODULES)
+    assert len(list(unfinished.folder(tmp_path / "b").glob("*.safetensors"))) == len(MODULES)
     with monkeypatch.context() as patched:
         patched.setattr(sides, "encode_planned", fail)  # all shards are there
         job.run([zoo], spec(ratio=3.0), tmp_path / "b", resume=True)

@@ -235,13 +235,14 @@ def test_above_a_hundred_adapters_the_papers_rule_is_rank_16_and_clusters(make_a
     assert job.resolve(inputs, Spec("jd-full", clusters=2, rank=4)) == Spec("jd-full", rank=4, clusters=2)
 
 
-def test_more_than_one_thread_gives_the_same_order_of_modules(zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [Spec("jd-full", rank=3), Spec("auto", ratio=4.0)])
+def test_more_than_one_thread_gives_the_same_order_of_modules(spec: Spec, zoo: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     bundles = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            job.run([zoo], Spec("jd-full", rank=3), tmp_path / str(count))
+            job.run([zoo], spec, tmp_path / str(count))
             assert torch.get_num_threads() == count
             bundles.append(Bundle.open(tmp_path / str(count)))
     finally:

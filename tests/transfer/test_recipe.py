@@ -320,6 +320,20 @@ def test_all_bad_lines_of_a_table_are_told_at_once(tmp_path: Path) -> None:
         "source.adapter is not given",
     ):
         assert told.count(text) == 1
+    table.write_text('{"name": "c"}\n{"adapter": \n{"name": "d"}\n')
+    with pytest.raises(InputError, match=r'line 1: names no adapter(?s:.)*line 2: cannot be read.*"adapter"'):
+        job.recipes_of(LEAST, table)
+    table.write_text('{"adapter": "a"}\n')
+    with pytest.raises(InputError, match=r"line 1: source is a table"):
+        job.recipes_of(tables() | {"source": 3}, table)
+
+
+def test_prompts_alone_are_all_there_is(tmp_path: Path) -> None:
+    """Without a word of a count, in a recipe and in a line of a table."""
+    assert recipes.parse(tables(inputs__seeds="", inputs__prompts="p.txt")).inputs.count == 0
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"adapter": "a", "prompts": "p.txt", "seeds": ""}\n{"adapter": "b"}\n')
+    assert [one.inputs.count for one in job.recipes_of(tables(), table)] == [0, 250]
 
 
 @pytest.mark.parametrize("data", [b"[source\n", b"\xff\xfe", b"[a]\nb = 1\nb = 2\n", None])

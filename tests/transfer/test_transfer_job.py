@@ -171,6 +171,16 @@ def test_changed_option_redoes_only_what_depends_on_it(place: Place, tmp_path: P
     assert any("training" in what for what in seen) and not seen & {"writing inputs", "the expert answers"}
 
 
+def test_answers_in_another_type_are_other_answers(place: Place, tmp_path: Path) -> None:
+    keys = []
+    for dtype in ("float32", "bfloat16"):
+        engine = session.engine("hf", dtype, "cpu")
+        job.run(place.tables(), tmp_path / "moved", engine=engine, until="evaluate")
+        state = json.loads((tmp_path / "moved.work" / "transfer" / "state.json").read_text())
+        keys.append({stage: state[stage]["key"] for stage in ("filter", "label", "train", "evaluate")})
+    assert all(keys[0][stage] != keys[1][stage] for stage in keys[0])
+
+
 def test_no_text_leaves_the_folder_and_purge_empties_it(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,9 +321,47 @@ def test_killed_while_it_replaces_the_next_run_writes_it(place: Place, tmp_path:
     (left / "bundle" / "adapter_config.json").write_text("{")
     (left / "job.json").write_text('{"job": "transfer"}')
     (tmp_path / "moved").rename(left / "old")
-    run(place, tmp_path / "moved")
+    with pytest.raises(TargetError, match="--force replaces it"):  # the old one is back
+        run(place, tmp_path / "moved")
+    assert (tmp_path / "moved" / "adapter_model.safetensors").read_bytes() == first
+    run(place, tmp_path / "moved", force=True)
     assert (tmp_path / "moved" / "adapter_model.safetensors").read_bytes() == first
     assert not left.exists()
+
+
+def test_folder_of_stages_is_never_somebody_elses(place: Place, tmp_path: Path) -> None:
+    """It is emptied by --purge."""
+    mine = tmp_path / "w" / "transfer"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is no folder of a transfer"):
+        run(place, tmp_path / "moved", work=tmp_path / "w", purge=True)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(UsageError, match="must not lie in the result"):
+        run(place, tmp_path / "moved", work=tmp_path / "moved" / "w")
+
+
+def test_unfinished_run_of_another_job_is_left_alone(place: Place, tmp_path: Path) -> None:
+    left = tmp_path / "moved.partial"
+    left.mkdir()
+    (left / "job.json").write_text('{"job": "hours of compressing"}')
+    (left / "00000.safetensors").write_text("hours of work")
+    with pytest.raises(TargetError, match="belongs to a run with other options"):
+        run(place, tmp_path / "moved")
+    (left / "job.json").unlink()
+    for force in (False, True):
+        with pytest.raises(TargetError, match="is in the way"):
+            run(place, tmp_path / "moved", force=force)
+    assert (left / "00000.safetensors").read_text() == "hours of work"
+
+
+def test_link_stays_and_what_it_names_is_written(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "moved").symlink_to(tmp_path / "real")
+    for force in (False, True):
+        run(place, tmp_path / "moved", force=force)
+        assert (tmp_path / "moved").is_symlink() and (tmp_path / "real" / "transfer.json").is_file()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
