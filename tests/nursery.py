@@ -172,8 +172,12 @@ def read(descriptor: int) -> str:
 
 def serve() -> None:
     """Read orders from stdin, one a line, and answer each on stdout when its child has ended or stopped."""
-    import lorazip.cli  # noqa: F401 - what all children share
+    import torch
 
+    import lorazip.cli  # noqa: F401 - what all children share
+    from lorazip.trellis import trellis
+
+    trellis(1).encode(torch.zeros(1, 64))  # the compiled search too: half a second for each child otherwise
     running: dict[int, list[int]] = {}  # pid -> the pipes that its output, errors and figures come through
     for line in sys.stdin:
         order = json.loads(line)
