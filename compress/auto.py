@@ -28,6 +28,7 @@ from lorazip.errors import UndecidedError
 MENU = 250  # profiles at most, besides those of floating-point numbers
 LISTED = 120  # bytes that a profile costs by being there: its form, and that others' numbers grow longer
 OFFERS = 2000  # profiles that it is chosen from
+AGAIN = 32  # offers that are looked at together
 SAMPLE = 400  # modules of adapters that the menu is made for
 AROUND = (0.6, 1.6)  # times the worth found: where profiles are asked for
 ROUNDS = 2  # of bases and worth
@@ -153,17 +154,35 @@ def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: 
         mu = worth[[c.having[i] for i in rows]][:, None]
         costs += [factor * mu * residuals + nbytes for factor in AROUND]
     whole = torch.cat(costs) * (step / len(AROUND))  # (customers, offers)
-    served, chosen = whole[:, 0], [0]
-    while len(chosen) < MENU:
-        saved = (served[:, None] - whole).clamp_min(0).sum(0)
-        best = int(saved.argmax())
-        if float(saved[best]) <= LISTED:
-            break
-        chosen.append(best)
-        served = torch.minimum(served, whole[:, best])
+    chosen = _served(whole.T.contiguous())
     widest = max(max(c.ranks) for c in curves)
     plain = [Profile((WHOLE,) * r, (WHOLE,) * r) for r in range(1, widest + 1)] if widest <= MENU else []
     return [*dict.fromkeys([*(offers[i] for i in chosen), *plain]), ORIGINAL]
+
+
+def _served(whole: Tensor) -> list[int]:
+    """The offers that serve best together, the first one among them: at most MENU, each worth its listing.
+
+    What an offer saves only shrinks as others are taken, so that what it saved before bounds it now. Those of the
+    greatest bounds are looked at again, until the best of them is above all other bounds (Minoux 1978).
+
+    Args:
+        whole: (offers, customers) what an offer costs a customer.
+    """
+    served, chosen = whole[0], [0]
+    bounds = (served - whole).clamp_min(0).sum(1)
+    while len(chosen) < MENU:
+        fresh = torch.zeros(len(whole), dtype=torch.bool)
+        while bool((stale := bounds.masked_fill(fresh, -1)).max() > bounds.masked_fill(~fresh, -1).max()):
+            some = stale.topk(min(AGAIN, len(stale))).indices
+            bounds[some] = (served - whole[some]).clamp_min(0).sum(1)
+            fresh[some] = True
+        best = int(bounds.masked_fill(~fresh, -1).argmax())
+        if float(bounds[best]) <= LISTED:
+            break
+        chosen.append(best)
+        served = torch.minimum(served, whole[best])
+    return chosen
 
 
 @dataclass(frozen=True)

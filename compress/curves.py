@@ -27,6 +27,7 @@ class Curve:
         original_bytes: (n,) of the original factors.
         outside: for the left and the right side, what of each singular vector's unit energy lies outside of the first
             SIZES[s] shared directions: (n, r_max, sizes) float32; fewer sizes where the module has fewer directions.
+        directions: these, on the CPU.
         weight: how much the module's residual counts; sigma is of sqrt(weight) D.
     """
 
@@ -36,6 +37,7 @@ class Curve:
     ranks: tuple[int, ...]
     original_bytes: Tensor
     outside: tuple[Tensor, Tensor]
+    directions: Pair
     weight: float = 1.0
 
     @property
@@ -63,6 +65,7 @@ def curve(module: Module, having: Sequence[int], weight: float = 1.0) -> Curve:
         stack.ranks,
         module.original_bytes.cpu().double(),
         (outside[0], outside[1]),
+        Pair(pair.left.cpu(), pair.right.cpu()),
         weight,
     )
 

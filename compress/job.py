@@ -195,7 +195,9 @@ def encode_planned(
                 inputs,
                 indices,
                 paths,
-                lambda ms: sides.encode_planned([Task(n, f, plans[i]) for i, n, f in ms], spec),
+                lambda ms: sides.encode_planned(
+                    [Task(n, f, plans[i], surveyed[i].directions) for i, n, f in ms], spec
+                ),
             )
 
         todo = [i for i, plan in enumerate(plans) if (i, plan) not in done]

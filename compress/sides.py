@@ -7,7 +7,8 @@ energy than the vector and the loss is orthogonal to it. The left rows are then 
 
 which makes good for scales and for what rounded rows share, and are rounded in turn. Loadings are fitted last on each
 side: to the row less its own rounded part. Several modules are encoded together, because the rows of one rate and width
-are: a trellis takes as many steps for ten rows as for sixty, on a GPU as for hundreds.
+are: a trellis takes as many steps for ten rows as for sixty, on a GPU as for hundreds. A module of many adapters is
+encoded some adapters at a time, because the work space of a row is ten times the row.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 from lorazip import quantized
 from lorazip.adapter import LowRank
 from lorazip.codecs import Coded, Integers, codec
-from lorazip.compress import curves, encode, svd
+from lorazip.compress import encode, svd
 from lorazip.compress.allocate import Module
 from lorazip.compress.auto import Plan
 from lorazip.compress.encode import ModuleCode
+from lorazip.compress.joint import Pair
 from lorazip.compress.lowrank import Stack
 from lorazip.compress.profile import INT8, Basis, loading_bits, row_codec, runs
 from lorazip.compress.spec import Spec
@@ -32,17 +34,19 @@ from lorazip.errors import CodecError
 from lorazip.terms import Form, Slot, own_slots
 
 RIDGE = 1e-9
+AT_ONCE = 2**22  # numbers of factors that are encoded together, in some 200 MB
 
 Parts = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One module to encode: its name, the factors of the adapters that have it, and the plan for them."""
+    """One module to encode: its name, the factors of the adapters that have it, the plan and `curves.directions`."""
 
     name: str
     factors: Sequence[LowRank]
     plan: Plan
+    directions: Pair
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,12 +70,33 @@ def encode_planned(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
 
 def _encoded(tasks: Sequence[Task], spec: Spec) -> list[ModuleCode]:
     ready = [_Ready.of(task, spec) for task in tasks]
-    busy = [one for one in ready if one.coded]
-    _encode([one.right for one in busy], spec.dtype, unit=True)
-    for one in busy:
-        one.left.rows = one.solved()
-    _encode([one.left for one in busy], spec.dtype, unit=False)
-    return [one.finished() for one in ready]
+    for batch in _batches(ready):
+        pieces = [_Piece.of(one, adapters) for one, adapters in batch]
+        _encode([piece.right for piece in pieces], spec.dtype, unit=True)
+        for piece in pieces:
+            piece.left.rows = piece.solved()
+        _encode([piece.left for piece in pieces], spec.dtype, unit=False)
+        for piece in pieces:
+            piece.finish()
+    return [one.code() for one in ready]
+
+
+def _batches(ready: Sequence[_Ready]) -> Iterator[list[tuple[_Ready, list[int]]]]:
+    """Adapters of modules to encode together, at most AT_ONCE numbers, or one adapter."""
+    batch: list[tuple[_Ready, list[int]]] = []
+    filled = 0
+    for one in ready:
+        for i in one.coded:
+            size = one.task.plan.profiles[i].rank * sum(one.task.shape)
+            if batch and filled + size > AT_ONCE:
+                yield batch
+                batch, filled = [], 0
+            if not batch or batch[-1][0] is not one:
+                batch.append((one, []))
+            batch[-1][1].append(i)
+            filled += size
+    if batch:
+        yield batch
 
 
 @dataclass
@@ -106,36 +131,82 @@ class _Side:
 
 @dataclass
 class _Ready:
-    """A module on its way."""
+    """A module on its way.
+
+    Attributes:
+        module, loaded: by `encode.prepare`.
+        shared: the parts of its shared tensors.
+        bases: both as they decode, (b, out) and (b, in); b = 0 without one.
+        coded: the adapters whose rows are to be rounded.
+        forms, parts, residuals: of every adapter, filled in as they are encoded.
+    """
 
     task: Task
     dtype: str
     module: Module
     loaded: Stack
     shared: tuple[Parts, ...]
+    bases: tuple[Tensor, Tensor]
     coded: list[int]
+    forms: list[Form]
+    parts: list[Parts]
+    residuals: Tensor
+
+    @staticmethod
+    def of(task: Task, spec: Spec) -> _Ready:
+        module, loaded = encode.prepare(task.name, task.factors, spec)
+        shared, bases = _bases(module, task)
+        profiles = task.plan.profiles
+        coded = [i for i, p in enumerate(profiles) if p.rank and module.energies[i] > 0]
+        empty: tuple[list[Form], list[Parts]] = [()] * len(profiles), [()] * len(profiles)
+        return _Ready(task, spec.dtype, module, loaded, shared, bases, coded, *empty, loaded.energies.clone())
+
+    def code(self) -> ModuleCode:
+        """The module with the errors of what is stored."""
+        plan = self.task.plan
+        for i, p in enumerate(plan.profiles):
+            if p.original and self.module.energies[i] > 0:
+                whole = svd.original(self.task.factors[i])
+                slots = own_slots(whole.form, (), *self.task.shape)
+                self.forms[i] = whole.form
+                self.parts[i] = tuple(p for e in whole.stored(slots) for p in e)
+                self.residuals[i] = 0
+        layout = plan.bases.layout
+        return encode.described(
+            self.module, self.loaded, layout, self.shared, self.forms, self.parts, self.residuals.cpu()
+        )
+
+
+@dataclass
+class _Piece:
+    """Some adapters of a module, whose rows are rounded together.
+
+    Attributes:
+        part: their balanced rows.
+        left, right: what is kept of these.
+    """
+
+    of_module: _Ready
+    adapters: list[int]
     part: Stack
     left: _Side
     right: _Side
 
     @staticmethod
-    def of(task: Task, spec: Spec) -> _Ready:
-        module, loaded = encode.prepare(task.name, task.factors, spec)
-        shared, bases = _bases(module, task.plan)
-        coded = [i for i, p in enumerate(task.plan.profiles) if p.rank and module.energies[i] > 0]
-        part = module.stack.select(coded or [0])
-        profiles = [task.plan.profiles[i] for i in coded]
-        most = max((p.rank for p in profiles), default=0)
+    def of(ready: _Ready, adapters: list[int]) -> _Piece:
+        part = ready.module.stack.select(adapters)
+        profiles = [ready.task.plan.profiles[i] for i in adapters]
+        most = max(p.rank for p in profiles)
         device = part.left.device
         inside = torch.tensor([[j < p.rank for j in range(most)] for p in profiles], device=device)
         sides = []
         for side, (rows, rates) in enumerate(
             ((part.left, [p.left for p in profiles]), (part.right, [p.right for p in profiles]))
         ):
-            kept = part.pad(rows)[: len(coded), :most].float() * inside.view(len(coded), most, 1)
+            kept = part.pad(rows)[:, :most].float() * inside[..., None]
             on = torch.tensor([p.loaded[side] for p in profiles], dtype=torch.bool, device=device)
-            sides.append(_Side(kept, rates, on, bases[side]))
-        return _Ready(task, spec.dtype, module, loaded, shared, coded, part, sides[0], sides[1])
+            sides.append(_Side(kept, rates, on, ready.bases[side]))
+        return _Piece(ready, adapters, part, sides[0], sides[1])
 
     def solved(self) -> Tensor:
         """The left rows that go best with the right ones as stored: (n, k, out)."""
@@ -148,48 +219,32 @@ class _Ready:
         solved: Tensor = torch.linalg.solve(gram, fixed @ right.mT) @ left
         return solved.float()
 
-    def finished(self) -> ModuleCode:
-        """The module with the errors of what is stored.
+    def finish(self) -> None:
+        """Hand the module what is stored of these adapters, and their residuals.
 
         The values of both sides came out of the codecs' own decoders while they were fitted, so that decoding the
         parts again would only repeat it.
         """
-        plan, n = self.task.plan, len(self.task.plan.profiles)
-        forms: list[Form] = [()] * n
-        parts: list[Parts] = [()] * n
-        residuals = self.loaded.energies.clone()
-        for at, i in enumerate(self.coded):
-            forms[i] = plan.profiles[i].form(plan.bases, self.dtype)
-            parts[i] = tuple(part for side in (self.left, self.right) for part in side.parts(at))
-        if self.coded:
-            k = self.left.values.shape[1]
-            stored = Stack(
-                self.left.values.flatten(0, 1), self.right.values.flatten(0, 1), (k,) * len(self.coded)
-            )
-            residuals[self.coded] = encode.residuals2(self.loaded.select(self.coded), stored)
-        for i, p in enumerate(plan.profiles):
-            if p.original and self.module.energies[i] > 0:
-                whole = svd.original(self.task.factors[i])
-                slots = own_slots(whole.form, (), *self.task.shape)
-                forms[i], parts[i] = whole.form, tuple(p for e in whole.stored(slots) for p in e)
-                residuals[i] = 0
-        return encode.described(
-            self.module, self.loaded, plan.bases.layout, self.shared, forms, parts, residuals.cpu()
+        of, k = self.of_module, self.left.values.shape[1]
+        for at, i in enumerate(self.adapters):
+            of.forms[i] = of.task.plan.profiles[i].form(of.task.plan.bases, of.dtype)
+            of.parts[i] = tuple(part for side in (self.left, self.right) for part in side.parts(at))
+        stored = Stack(
+            self.left.values.flatten(0, 1), self.right.values.flatten(0, 1), (k,) * len(self.adapters)
         )
+        of.residuals[self.adapters] = encode.residuals2(of.loaded.select(self.adapters), stored)
 
 
-def _bases(module: Module, plan: Plan) -> tuple[tuple[Parts, ...], tuple[Tensor, Tensor]]:
+def _bases(module: Module, task: Task) -> tuple[tuple[Parts, ...], tuple[Tensor, Tensor]]:
     """The parts of the shared tensors, and both as they decode: (columns, out), (columns, in); columns 0 for none."""
     parts: list[Parts] = []
     decoded = [module.stack.left[:0], module.stack.right[:0]]
-    if plan.bases.layout:
-        pair = curves.directions(module)
-        sides = ((pair.left, plan.bases.left), (pair.right, plan.bases.right))
-        for side, (columns, basis) in enumerate(sides):
-            if basis is not None:
-                parts.append(_basis(columns, basis))
-                slot = Slot((basis.columns, columns.shape[0]), basis.codec)
-                decoded[side] = slot.decode(parts[-1]).to(columns)
+    pair, bases = task.directions, task.plan.bases
+    for side, (columns, basis) in enumerate(((pair.left, bases.left), (pair.right, bases.right))):
+        if basis is not None:
+            parts.append(_basis(columns.to(module.stack.left.device), basis))
+            slot = Slot((basis.columns, columns.shape[0]), basis.codec)
+            decoded[side] = slot.decode(parts[-1]).to(module.stack.left)
     return tuple(parts), (decoded[0], decoded[1])
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import steady
 from safetensors.torch import load_file, save_file
 
 from lorazip import unfinished
@@ -401,6 +404,32 @@ def test_a_bound_that_is_missed_for_ever_ends_with_the_originals(
     monkeypatch.setattr(planning, "module_errors", worse)
     outcome = job.run([zoo], spec(max_error=0.3), tmp_path / "b")
     assert outcome.adapter_errors.tolist() == [0] * 5
+
+
+@steady
+@given(st.integers(0, 10**6), st.integers(1, 90), st.integers(1, 12), st.booleans())
+def test_the_menu_is_the_greedy_one(seed: int, offers: int, customers: int, coarse: bool) -> None:
+    """Looking again only at what may be best chooses as looking at everything does."""
+    costs = torch.rand(offers, customers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    costs = (costs * 8).floor() * 100 if coarse else costs * 2000  # coarse: many offers are equally good
+    served, chosen = costs[0], [0]
+    while len(chosen) < auto.MENU:
+        saved = (served - costs).clamp_min(0).sum(1)
+        if float(saved.max()) <= auto.LISTED:
+            break
+        chosen.append(int(saved.argmax()))
+        served = torch.minimum(served, costs[chosen[-1]])
+    found = auto._served(costs)
+    if coarse:  # which of equals is taken first is left open; no step is worse for it
+        assert found[0] == 0 and len(set(found)) == len(found)
+        served = costs[0]
+        for best in found[1:]:
+            saved = (served - costs).clamp_min(0).sum(1)
+            assert float(saved[best]) == float(saved.max()) > auto.LISTED
+            served = torch.minimum(served, costs[best])
+        assert len(found) == auto.MENU or float((served - costs).clamp_min(0).sum(1).max()) <= auto.LISTED
+    else:
+        assert found == chosen
 
 
 def test_plans_have_names_of_their_own() -> None:

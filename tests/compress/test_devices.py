@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from planned import task
 from reference import errors, related
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -23,7 +24,7 @@ from lorazip.compress.curves import Curve, curve
 from lorazip.compress.encode import ModuleCode, encode, prepare
 from lorazip.compress.methods import METHODS
 from lorazip.compress.profile import INT8, ORIGINAL, WHOLE, Bases, Basis, Profile
-from lorazip.compress.sides import Task, encode_planned
+from lorazip.compress.sides import encode_planned
 from lorazip.compress.spec import Spec
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -203,11 +204,11 @@ def test_auto_on_a_gpu_is_auto_without(monkeypatch: pytest.MonkeyPatch) -> None:
         ORIGINAL,
         Profile((2.0,), (2.0,)),  # of zeros
     )
-    task = Task("m", factors, Plan(bases, profiles))
+    one = task("m", factors, Plan(bases, profiles))
 
     def run() -> tuple[Curve, ModuleCode]:
         found = curve(prepare("m", factors, Spec())[0], range(7))
-        (code,) = encode_planned([task], Spec())
+        (code,) = encode_planned([one], Spec())
         return found, code
 
     known, plain = run()

@@ -18,6 +18,7 @@ from lorazip.codecs import codec
 from lorazip.compress import auto, pricing
 from lorazip.compress.curves import SIZES, Curve, curve
 from lorazip.compress.encode import prepare
+from lorazip.compress.joint import Pair
 from lorazip.compress.pricing import LOADED, Priced
 from lorazip.compress.profile import (
     INT8,
@@ -38,6 +39,8 @@ BOTH = Bases(Basis(4, 3), Basis(8, 2))
 EVERY = [Bases(), Bases(None, BOTH.right), Bases(BOTH.left, None), BOTH]
 worths = st.floats(-12, 24).map(lambda power: 2.0**power)
 
+NONE = Pair(torch.zeros(40, 0), torch.zeros(70, 0))  # nothing here looks at directions
+
 
 def drawn(seed: int, adapters: int = 3, rank: int = 2, shape: tuple[int, int] = (40, 70)) -> Curve:
     """A curve of any singular values, falling, and any energies outside of nested directions."""
@@ -48,7 +51,7 @@ def drawn(seed: int, adapters: int = 3, rank: int = 2, shape: tuple[int, int] = 
     ]
     having = tuple(range(0, 2 * adapters, 2))
     sizes = torch.full((adapters,), 1000.0).double()
-    return Curve(having, shape, 10 * sigma, (rank,) * adapters, sizes, (outside[0], outside[1]))
+    return Curve(having, shape, 10 * sigma, (rank,) * adapters, sizes, (outside[0], outside[1]), NONE)
 
 
 def priced(one: Curve, bases: Bases, worth: Tensor, dtype: str) -> Priced:

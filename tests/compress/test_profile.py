@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planned import task
 from reference import related, stacked, steady, zoo
 
 from lorazip import quantized, trellis
@@ -17,6 +18,7 @@ from lorazip.codecs import MAX_NAME, Mixed, codec
 from lorazip.compress import pricing, profile
 from lorazip.compress.auto import Plan
 from lorazip.compress.curves import Curve
+from lorazip.compress.joint import Pair
 from lorazip.compress.profile import (
     INT8,
     LEFT,
@@ -29,12 +31,13 @@ from lorazip.compress.profile import (
     Profile,
     loading_bits,
 )
-from lorazip.compress.sides import Task, encode_planned
+from lorazip.compress.sides import encode_planned
 from lorazip.compress.spec import Spec
 from lorazip.terms import Core, Own, own_slots, rank
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 OUT, IN = 70, 45
+NONE = Pair(torch.zeros(OUT, 0), torch.zeros(IN, 0))
 BOTH = Bases(Basis(8, 3), Basis(4, 2))
 EVERY = [Bases(), Bases(None, BOTH.right), Bases(BOTH.left, None), BOTH]
 
@@ -98,7 +101,7 @@ def test_prices_are_never_less_than_the_bytes_and_hardly_more(
 ) -> None:
     """A row is priced alone: where rows share their last byte, it costs less."""
     one = data.draw(profiles(bases))
-    curve = Curve((0,), (OUT, IN), torch.ones(1, 5), (5,), torch.ones(1), (torch.zeros(1, 5, 2),) * 2)
+    curve = Curve((0,), (OUT, IN), torch.ones(1, 5), (5,), torch.ones(1), (torch.zeros(1, 5, 2),) * 2, NONE)
     priced = 0.0
     for side, rates in enumerate((one.left, one.right)):
         basis = (bases.left, bases.right)[side] if one.loaded[side] else None
@@ -111,7 +114,7 @@ def test_prices_are_never_less_than_the_bytes_and_hardly_more(
 
 
 def test_bytes_of_shared_bases_are_those_of_the_format() -> None:
-    curve = Curve((0,), (OUT, IN), torch.ones(1, 5), (5,), torch.ones(1), (torch.zeros(1, 5, 2),) * 2)
+    curve = Curve((0,), (OUT, IN), torch.ones(1, 5), (5,), torch.ones(1), (torch.zeros(1, 5, 2),) * 2, NONE)
     for bases in EVERY:
         expected = sum(
             ceil(basis.columns * row_bits(basis.rate, width, "float16", True)[0] / 8)
@@ -229,7 +232,7 @@ def test_the_priced_bytes_are_those_of_what_is_encoded() -> None:
         Profile((1.5,), (2.5,), (True, True)),
         *[NOTHING] * 3,
     )
-    (code,) = encode_planned([Task("m", factors, Plan(BOTH, chosen))], Spec(ratio=4.0, device="cpu"))
+    (code,) = encode_planned([task("m", factors, Plan(BOTH, chosen))], Spec(ratio=4.0, device="cpu"))
     assert [sum(p.nbytes for p in parts) for parts in code.own] == [
         counted(p, BOTH, "float16") for p in chosen
     ]

@@ -14,12 +14,13 @@ import torch
 from golden import reader
 from hypothesis import given
 from hypothesis import strategies as st
+from planned import task
 from reference import ZOO, dense, modules, related, steady, unimodular
 from torch import Tensor
 
 from lorazip import Bundle
 from lorazip.adapter import LowRank
-from lorazip.compress import job, planning
+from lorazip.compress import job, planning, sides
 from lorazip.compress.auto import Plan
 from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
@@ -34,7 +35,7 @@ from lorazip.compress.profile import (
     Basis,
     Profile,
 )
-from lorazip.compress.sides import Task, encode_planned
+from lorazip.compress.sides import encode_planned
 from lorazip.compress.spec import Spec
 from lorazip.errors import CodecError
 from lorazip.manifest import pack_term
@@ -78,7 +79,7 @@ def decoded(code: ModuleCode, out: int, in_: int) -> Tensor:
 
 
 def encoded(factors: Sequence[LowRank], bases: Bases, profiles: Sequence[Profile]) -> ModuleCode:
-    (code,) = encode_planned([Task("m", factors, Plan(bases, tuple(profiles)))], SPEC)
+    (code,) = encode_planned([task("m", factors, Plan(bases, tuple(profiles)))], SPEC)
     return code
 
 
@@ -162,12 +163,40 @@ def test_loadings_take_the_noise_inside_the_basis_off() -> None:
     assert float(lost.square().sum() / code.energies.sum()) > 0.1
 
 
+@pytest.mark.parametrize("at_once", [1, 1500])
+def test_many_adapters_are_encoded_some_at_a_time_and_none_notices(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    tasks, ranks = [], (4, 3, 5, 4, 2, 1)
+    for seed, (name, shape) in enumerate({"a": (70, 45), "b": (45, 70)}.items()):
+        factors = related(ranks, *shape, seed=seed)
+        profiles = (
+            Profile((2.0, 1.5), (1.0, 3.0), (True, True)), Profile((INT8, 4.0, 2.0), (WHOLE, 3.0, 0.0)), NOTHING,
+            Profile((4.0,), (2.0,)), ORIGINAL, Profile((1.0,), (2.0,), (False, True)),
+        )  # fmt: skip
+        tasks.append(task(name, factors, Plan(BOTH, profiles)))
+    whole = encode_planned(tasks, SPEC)
+    monkeypatch.setattr(sides, "AT_ONCE", at_once)
+    ready = [sides._Ready.of(one, SPEC) for one in tasks]
+    batches = list(sides._batches(ready))
+    assert [(one.task.name, i) for batch in batches for one, some in batch for i in some] == [
+        (name, i) for name in "ab" for i in (0, 1, 3, 5)
+    ]
+    # Ranks 2, 3, 1 and 1 of 115 numbers: all of one module, and all but one of the other.
+    assert [sum(len(some) for _, some in batch) for batch in batches] == ([1] * 8 if at_once == 1 else [7, 1])
+    for together, apart in zip(whole, encode_planned(tasks, SPEC), strict=True):
+        assert apart.forms == together.forms and apart.layout == together.layout
+        assert torch.allclose(apart.residuals, together.residuals, rtol=1e-3)
+        for parts, same in zip(apart.own, together.own, strict=True):
+            assert [(p.dtype, p.shape) for p in parts] == [(p.dtype, p.shape) for p in same]
+
+
 def test_full_rates_give_the_original_but_for_the_rounding_of_the_type() -> None:
     """Half precision rounds a number by at most 2^-11 of it (bfloat16 2^-9), float32 by 2^-24."""
     factors = related((4, 3, 5), 70, 45)
     full = [Profile((WHOLE,) * f.A.shape[0], (WHOLE,) * f.A.shape[0]) for f in factors]
     for dtype, step in (("float16", 2**-11), ("bfloat16", 2**-9), ("float32", 2**-24)):
-        (code,) = encode_planned([Task("m", factors, Plan(Bases(), tuple(full)))], replace(SPEC, dtype=dtype))
+        (code,) = encode_planned([task("m", factors, Plan(Bases(), tuple(full)))], replace(SPEC, dtype=dtype))
         assert float((code.residuals / code.energies).sqrt().max()) < 2 * step
         assert_measured(code, factors)
 
@@ -233,9 +262,9 @@ def test_modules_together_are_those_alone() -> None:
     for seed, (name, shape) in enumerate(shapes.items()):
         factors = related((4, 3, 4, 5, 4), *shape, seed=seed)
         profiles = (Profile((2.0, 1.5), (1.0, 3.0), (True, True)), *[Profile((4.0,), (2.0,))] * 3, ORIGINAL)
-        tasks.append(Task(name, factors, Plan(BOTH, profiles)))
-    for task, code in zip(tasks, encode_planned(tasks, SPEC), strict=True):
-        (alone,) = encode_planned([task], SPEC)
+        tasks.append(task(name, factors, Plan(BOTH, profiles)))
+    for one, code in zip(tasks, encode_planned(tasks, SPEC), strict=True):
+        (alone,) = encode_planned([one], SPEC)
         assert alone.forms == code.forms
         assert torch.allclose(alone.residuals, code.residuals, rtol=1e-3)
         for one, two in zip((*alone.shared, *alone.own), (*code.shared, *code.own), strict=True):
@@ -298,8 +327,8 @@ def test_values_that_the_type_cannot_hold_are_named() -> None:
     fine, high = related((4, 3), 70, 45), related((4, 3), 45, 70, scale=1e15)
     plan = Plan(Bases(), (Profile((WHOLE,), (WHOLE,)),) * 2)
     with pytest.raises(CodecError, match=r"b\.k_proj: a value of .* does not fit F16 \(use --dtype"):
-        encode_planned([Task("a.q_proj", fine, plan), Task("b.k_proj", high, plan)], SPEC)
-    encode_planned([Task("b.k_proj", high, plan)], replace(SPEC, dtype="bfloat16"))
+        encode_planned([task("a.q_proj", fine, plan), task("b.k_proj", high, plan)], SPEC)
+    encode_planned([task("b.k_proj", high, plan)], replace(SPEC, dtype="bfloat16"))
 
 
 # --- predictions on real adapters -------------------------------------------------------------------------------------
@@ -325,7 +354,7 @@ def test_errors_are_foreseen(inputs: Inputs, surveyed: list[Curve], ratio: float
     at = range(0, len(surveyed), 10)
     names = list(inputs.modules)
     tasks = [
-        Task(names[m], [adapter.low_rank(names[m]) for adapter in inputs.adapters], choice.plans[m])
+        task(names[m], [adapter.low_rank(names[m]) for adapter in inputs.adapters], choice.plans[m])
         for m in at
     ]
     found = torch.stack([code.residuals for code in encode_planned(tasks, spec)], 1)

@@ -1,0 +1,16 @@
+"""Modules to encode as planned, without the job that surveys and plans them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorazip.adapter import LowRank
+from lorazip.compress.auto import Plan
+from lorazip.compress.curves import directions
+from lorazip.compress.encode import prepare
+from lorazip.compress.sides import Task
+from lorazip.compress.spec import Spec
+
+
+def task(name: str, factors: Sequence[LowRank], plan: Plan) -> Task:
+    return Task(name, factors, plan, directions(prepare(name, factors, Spec(device="cpu"))[0]))
