@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -292,15 +293,15 @@ def _round(members: Sequence[tuple[_Side, Tensor, int, slice]], name: str) -> No
         codes, scales, values = rows[:, :0], rows[:, 0], torch.zeros_like(rows)
     else:
         values = by.decode(by.encode(rows), rows.shape).to(rows)
-    at = 0
-    for side, _, i, run in members:
-        end = at + run.stop - run.start
-        side.values[i, run] = values[at:end]
-        if isinstance(by, Coded):
-            side.own[i][run.start] = by.store(codes[at:end], [scales[at:end]])
-        else:
-            side.own[i][run.start] = by.encode(rows[at:end])
-        at = end
+    ends = list(accumulate(run.stop - run.start for *_, run in members))
+    places = [slice(*pair) for pair in pairwise([0, *ends])]
+    if isinstance(by, Coded):
+        parts = by.store_runs(codes, scales, places)
+    else:
+        parts = [by.encode(rows[place]) for place in places]
+    for (side, _, i, run), place, each in zip(members, places, parts, strict=True):
+        side.values[i, run] = values[place]
+        side.own[i][run.start] = each
 
 
 def _loadings(rows: Tensor, basis: Tensor, inverse: Tensor, loaded: Tensor) -> Tensor:
