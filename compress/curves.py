@@ -80,7 +80,7 @@ def directions(module: Module) -> Pair:
         return Pair(
             stack.left.new_zeros(stack.left.shape[1], 0), stack.right.new_zeros(stack.right.shape[1], 0)
         )
-    pair = joint.leading_directions(stack.scaled(module.weights.sqrt()), max(SIZES))
+    pair = joint.leading_directions(stack, module.weights, max(SIZES))
     most = sum(stack.ranks) // 4
     left, right = (side[:, : min(most, side.shape[0] // 4)] for side in (pair.left, pair.right))
     return Pair(left, right)
