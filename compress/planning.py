@@ -52,9 +52,8 @@ def survey(inputs: Inputs, spec: Spec, name: str, weight: float = 1.0) -> Curve:
     """The curve of one module; see `curves.curve`."""
     having = [i for i, adapter in enumerate(inputs.adapters) if name in adapter.modules]
     factors = [inputs.adapters[i].low_rank(name) for i in having]
-    module = encode.prepare(name, factors, spec)[
-        0
-    ]  # a name for the loaded rows would keep them until the end
+    # A name for the rows as loaded would keep them until the end.
+    module = encode.prepare(name, factors, spec)[0]
     return curves.curve(module, having, weight)
 
 
