@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -80,7 +80,9 @@ def directions(module: Module) -> Pair:
         return Pair(
             stack.left.new_zeros(stack.left.shape[1], 0), stack.right.new_zeros(stack.right.shape[1], 0)
         )
-    pair = joint.leading_directions(stack, module.weights, max(SIZES))
+    # Only frames are looked at, and those come from the source: scaled rows would be one more copy of them all.
+    weighted = replace(stack, source=(stack, module.weights.sqrt()))
+    pair = joint.leading_directions(weighted, max(SIZES))
     most = sum(stack.ranks) // 4
     left, right = (side[:, : min(most, side.shape[0] // 4)] for side in (pair.left, pair.right))
     return Pair(left, right)

@@ -93,21 +93,16 @@ def principal(frame: Frame, columns: int) -> Tensor:
     return orthonormal(torch.cat([found, more], dim=1))
 
 
-def leading_directions(stack: Stack, weights: Tensor, columns: int) -> Pair:
+def leading_directions(stack: Stack, columns: int) -> Pair:
     """The leading left and right singular vectors of the stacked D_i (Tucker's HOSVD), at most `columns` of each side.
 
     Nested: the first c columns are the leading c. Where the adapters span less than that, there are fewer.
 
     Args:
-        stack: n matrices in balanced form.
-        weights: (n,) of their squares. One weighted side is held at a time.
+        stack: n weighted matrices in balanced form.
     """
-    roots = stack.repeat_rows(weights.sqrt().sqrt()[:, None])
-    found = []
-    for side in stack.frames:
-        frame = side.scaled(roots)
-        found.append(orthonormal(frame.lift(_first(frame, columns, None))))
-    return Pair(*found)
+    left, right = (_first(frame, columns, None) for frame in stack.frames)
+    return Pair(orthonormal(stack.frames[0].lift(left)), orthonormal(stack.frames[1].lift(right)))
 
 
 def fit_full(stack: Stack, rank: int, start: Pair | None = None) -> Pair:

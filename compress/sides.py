@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from lorazip import quantized
+from lorazip import quantized, trellis
 from lorazip.adapter import LowRank
 from lorazip.codecs import Coded, Integers, codec
 from lorazip.compress import encode, svd
@@ -295,13 +295,23 @@ def _round(members: Sequence[tuple[_Side, Tensor, int, slice]], name: str) -> No
         values = by.decode(by.encode(rows), rows.shape).to(rows)
     ends = list(accumulate(run.stop - run.start for *_, run in members))
     places = [slice(*pair) for pair in pairwise([0, *ends])]
-    if isinstance(by, Coded):
-        parts = by.store_runs(codes, scales, places)
-    else:
-        parts = [by.encode(rows[place]) for place in places]
+    parts = (
+        stored(by, codes, scales, places)
+        if isinstance(by, Coded)
+        else [by.encode(rows[place]) for place in places]
+    )
     for (side, _, i, run), place, each in zip(members, places, parts, strict=True):
         side.values[i, run] = values[place]
         side.own[i][run.start] = each
+
+
+def stored(by: Coded, codes: Tensor, scales: Tensor, runs: Sequence[slice]) -> list[Parts]:
+    """The parts of runs of rows, codes (n, steps) and scales (n,): packed in one go where rows are whole bytes."""
+    size, rest = divmod(codes.shape[1] * (trellis.RATES[by.rate][0] if by.rate else 1), 8)
+    if rest:
+        return [by.store(codes[run], [scales[run]]) for run in runs]
+    octets, kept = by.store(codes, [scales])
+    return [(octets[run.start * size : run.stop * size], kept[run]) for run in runs]
 
 
 def _loadings(rows: Tensor, basis: Tensor, inverse: Tensor, loaded: Tensor) -> Tensor:

@@ -170,20 +170,8 @@ class Coded:
         kept = flat.to(torch.bfloat16)
         if not bool(torch.isfinite(kept).all()):
             raise CodecError("a scale does not fit BF16")
-        return quantized.pack(codes, self._step).cpu(), kept.cpu()
-
-    def store_runs(self, codes: Tensor, scales: Tensor, runs: Sequence[slice]) -> list[tuple[Tensor, ...]]:
-        """`store` of every run of rows (n, steps), with scales (n,): in one go where rows are whole bytes."""
-        size, rest = divmod(codes.shape[1] * self._step, 8)
-        if rest:
-            return [self.store(codes[run], [scales[run]]) for run in runs]
-        octets, kept = self.store(codes, [scales])
-        return [(octets[run.start * size : run.stop * size], kept[run]) for run in runs]
-
-    @property
-    def _step(self) -> int:
-        """Bits of a step."""
-        return trellises.RATES[self.rate][0] if self.rate else 1
+        k = trellises.RATES[self.rate][0] if self.rate else 1
+        return quantized.pack(codes, k).cpu(), kept.cpu()
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         rows, width = prod(shape[:-1]), shape[-1]

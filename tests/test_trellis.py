@@ -168,20 +168,6 @@ def test_spans_of_any_length_give_whole_paths(rate: float, monkeypatch: pytest.M
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("width", [64, 45, 1])
-@pytest.mark.parametrize("scaled", [True, False])
-@every_rate
-def test_runs_of_rows_are_stored_as_they_are_alone(rate: float, scaled: bool, width: int) -> None:
-    by = Coded(rate, scaled)
-    codes, scales, _ = by.fitted(normal(9, width))
-    runs = [slice(0, 1), slice(1, 4), slice(4, 9)]
-    for parts, run in zip(by.store_runs(codes, scales, runs), runs, strict=True):
-        alone = by.store(codes[run], [scales[run]])
-        assert len(parts) == len(alone) == 2
-        assert all(torch.equal(one, two) for one, two in zip(parts, alone, strict=True))
-        assert [p.nbytes for p in parts] == [p.nbytes for p in by.parts((run.stop - run.start, width))]
-
-
 def test_many_rows_are_encoded_as_they_are_alone() -> None:
     x = normal(trellis.ROWS + 3, 70)
     code = trellis.trellis(2)

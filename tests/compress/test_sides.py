@@ -18,8 +18,9 @@ from planned import task
 from reference import ZOO, dense, modules, related, steady, unimodular
 from torch import Tensor
 
-from lorazip import Bundle
+from lorazip import Bundle, trellis
 from lorazip.adapter import LowRank
+from lorazip.codecs import Coded
 from lorazip.compress import job, planning, sides
 from lorazip.compress.auto import Plan
 from lorazip.compress.curves import Curve
@@ -189,6 +190,20 @@ def test_many_adapters_are_encoded_some_at_a_time_and_none_notices(
         assert torch.allclose(apart.residuals, together.residuals, rtol=1e-3)
         for parts, same in zip(apart.own, together.own, strict=True):
             assert [(p.dtype, p.shape) for p in parts] == [(p.dtype, p.shape) for p in same]
+
+
+@pytest.mark.parametrize("width", [64, 45, 1])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("rate", trellis.RATES)
+def test_runs_of_rows_are_stored_as_they_are_alone(rate: float, scaled: bool, width: int) -> None:
+    by = Coded(rate, scaled)
+    codes, scales, _ = by.fitted(torch.randn(9, width, generator=torch.Generator().manual_seed(width)))
+    runs = [slice(0, 1), slice(1, 4), slice(4, 9)]
+    for parts, run in zip(sides.stored(by, codes, scales, runs), runs, strict=True):
+        alone = by.store(codes[run], [scales[run]])
+        assert len(parts) == len(alone) == 2
+        assert all(torch.equal(one, two) for one, two in zip(parts, alone, strict=True))
+        assert [p.nbytes for p in parts] == [p.nbytes for p in by.parts((run.stop - run.start, width))]
 
 
 def test_full_rates_give_the_original_but_for_the_rounding_of_the_type() -> None:
