@@ -12,15 +12,14 @@ target, and moves the adapter along the routes with the commands' own code:
 
     retained        the train split's inputs, without their answers
     unfiltered      synthetic inputs from five seeds, all of them
-    confidence      twice as many, of which the half is kept whose answers the expert is surest of
     discriminator   Trans-LoRA: those that the discriminator takes for real
     excess          TiTok: twice as many, of which the better half is kept, and of it 70 % of the tokens
     seeds           the five seeds alone
     generic         sentences that have nothing to do with the task
 
-Of the data-free routes, unfiltered, confidence, discriminator and excess, one is chosen for all tasks by the mean score
-on the validation splits, where two or more were run; the page gives its scores on the test splits. Results are lines of
---results: a rerun does what is missing.
+Of the data-free routes, unfiltered, discriminator and excess, one is chosen for all tasks by the mean score on the
+validation splits, where all were run; the page gives its scores on the test splits. Results are lines of --results: a
+rerun does what is missing.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ def measure(options: argparse.Namespace, name: str, direction: str) -> None:
             "scores": transfer_page.scores(work / "stages" / one.name),
         }
     row["validation"] = {}
-    if len(set(transfer_page.FREE) & set(plans)) > 1:  # there is something to choose
+    if set(transfer_page.FREE) <= set(plans):  # there is something to choose
         checked = [
             dataclasses.replace(plan, gate=dataclasses.replace(plan.gate, split="validation", oracle=False))
             for plan in plans.values()
@@ -209,7 +208,6 @@ def _recipes(
             "gate": {"oracle": True},
         },
         "unfiltered": {"inputs": seeded, "filter": {"kind": "none"}},
-        "confidence": {"inputs": seeded | {"count": 2 * options.count}, "filter": {"kind": "confidence"}},
         "discriminator": {
             "inputs": seeded,
             "filter": {"kind": "discriminator", "discriminator": str(place.judge)},

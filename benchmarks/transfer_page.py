@@ -14,7 +14,7 @@ from frontier_measure import machine
 from lorazip.eval import compare
 from lorazip.eval.results import Interval
 
-FREE = ("unfiltered", "confidence", "discriminator", "excess")  # routes that need no data but seeds
+FREE = ("unfiltered", "discriminator", "excess")  # routes that need no data but seeds
 ROUTES = ("retained", *FREE, "seeds", "generic")
 
 Row = dict[str, Any]
@@ -60,19 +60,6 @@ class Group:
         found: list[str] = self.setting["routes"]
         return found
 
-    @property
-    def free(self) -> list[str]:
-        """Its routes that need no data but seeds."""
-        return [route for route in FREE if route in self.routes]
-
-    def chosen(self) -> tuple[str, dict[str, float]] | None:
-        """The data-free route of the best mean score on the validation splits; None where there was no choice."""
-        have = [row["validation"] for row in self.rows if row["validation"]]
-        if not have:
-            return None
-        means = {route: sum(found.get(route, 0.0) for found in have) / len(have) for route in self.free}
-        return max(means, key=lambda route: means[route]), means
-
     def commands(self, script: str) -> list[str]:
         """That measure it."""
         alike: dict[str, list[str]] = {}
@@ -113,6 +100,7 @@ def _groups(rows: Sequence[Row]) -> list[Group]:
 
 def _page(rows: Sequence[Row]) -> list[str]:
     groups = _groups(rows)
+    chosen, means = _route(rows)
     script = "    .venv/bin/python benchmarks/transfer.py SMOLLM GEMMA TASKS"
     lines = [
         "# Moving adapters to another base: results",
@@ -135,15 +123,14 @@ def _page(rows: Sequence[Row]) -> list[str]:
     ]
     for group in groups:
         lines += ["", f"### {group.title}", "", group.measured, "", *_scores(group)]
+    told = ", ".join(f"{route} {100 * mean:.1f} %" for route, mean in means.items())
     lines += ["", "## The fixed route", ""]
-    lines += ["Chosen on the validation splits, by the mean over tasks and directions."]
+    lines += [
+        f"Chosen on the validation splits, by the mean over tasks and directions: **{chosen}** ({told})."
+    ]
     for group in groups:
-        choice = group.chosen()
-        if choice is not None:
-            route, means = choice
-            told = ", ".join(f"{name} {100 * mean:.1f} %" for name, mean in means.items())
-            lines += ["", f"### {group.title}: {route}", "", f"On validation: {told}.", ""]
-            lines += _fixed(group.rows, route)
+        if chosen in group.routes:
+            lines += ["", f"### {group.title}: {chosen}", "", *_fixed(group.rows, chosen)]
     lines += ["", "## Filters", ""]
     for group in groups:
         lines += _filters(group)
@@ -194,6 +181,15 @@ def _line(row: Row) -> str:
         cells.append(_shown(None if moved is None else moved["scores"]))
     cells.append(_shown(arms["oracle"]["scores"] if "oracle" in arms else None))
     return f"| {row['setting']['task']} | {row['setting']['direction']} | " + " | ".join(cells) + " |"
+
+
+def _route(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
+    """The data-free route of the best mean score on the validation splits, where there was a choice."""
+    have = [row for row in rows if row["validation"]]
+    if not have:
+        raise SystemExit(f"no cell has all of {', '.join(FREE)}: there is no route to choose")
+    means = {route: sum(row["validation"].get(route, 0.0) for row in have) / len(have) for route in FREE}
+    return max(means, key=lambda route: means[route]), means
 
 
 def _interval(value: Interval, scale: float = 100) -> str:
@@ -267,7 +263,7 @@ def _filters(group: Group) -> list[str]:
 
 
 def _inputs(group: Group) -> list[str]:
-    free = group.free
+    free = [route for route in FREE if route in group.routes]
     judged = "discriminator" in free
     columns = ["discriminator: epochs", "accuracy"] if judged else []
     columns += [f"written: {route}" for route in free]
@@ -275,7 +271,7 @@ def _inputs(group: Group) -> list[str]:
     parts = ["a source adapter"] + ["a discriminator"] * judged
     parts += [f"{len(group.routes)} transfer{'s' * (len(group.routes) > 1)}"]
     parts += ["an oracle"] * ("retained" in group.routes)
-    splits = ", all scored on two splits" if len(free) > 1 else ""
+    splits = ", all scored on two splits" if set(FREE) <= set(free) else ""
     lines = [
         f"A cell is {', '.join(parts)}{splits}. With one thread, two cells ran side by side on the two cores.",
         "",

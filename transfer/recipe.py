@@ -22,7 +22,7 @@ from lorazip.errors import UsageError, printable
 from lorazip.eval.prompts import TEMPLATE
 from lorazip.eval.spec import AUTO, PRIMARY
 
-Filter = Literal["none", "confidence", "discriminator", "excess", "both"]
+Filter = Literal["none", "discriminator", "excess", "both"]
 Warm = Literal["none", "copy", "map"]
 Loss = Literal["labels", "logits"]
 
@@ -93,11 +93,9 @@ class Filtering:
     """Which synthetic inputs and which tokens of answers are trained on.
 
     Attributes:
-        kind: `discriminator` judges inputs, `confidence` answers, `excess` answers and their tokens; `both` is
-            discriminator and excess; or none.
-        discriminator: directory of a trained one.
-        keep_samples: share of the answers that `confidence` and `excess` keep, the best first (TiTok: one half).
-        keep_tokens: share of a kept answer's tokens that `excess` keeps (TiTok: 0.7).
+        kind: `discriminator` judges inputs, `excess` answers, their tokens too; both, or none.
+        discriminator: directory of a trained one, for the first.
+        keep_samples, keep_tokens: shares that `excess` keeps, the best first (TiTok: one half and 0.7).
     """
 
     kind: Filter = "none"

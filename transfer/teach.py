@@ -1,7 +1,4 @@
-"""The stage `label`: the expert, source base and adapter, answers every input; two of the filters choose answers.
-
-`excess` is TiTok's (excess.py). `confidence` keeps the answers that the expert itself finds likeliest, by log p of the
-whole answer: a small base writes inputs that are none of the task, and what the expert says to these is a guess.
+"""The stage `label`: the expert, source base and adapter, answers every input; with TiTok's filter answers are chosen.
 
 Answers are texts, for the two models have different tokens. Where their tokenizers are equal, the expert's most likely
 tokens at every place of an answer are kept too.
@@ -41,7 +38,6 @@ class Labelled:
     Attributes:
         tokens: the answer in the source's tokens, its end token last.
         excess: of each of them; empty without that filter.
-        confidence: log p of the answer by the expert; None without that filter.
         part: train, held out, test; or aside: not among the best samples.
         tops: the expert's most likely tokens; None unless they were asked for.
     """
@@ -51,7 +47,6 @@ class Labelled:
     tokens: tuple[int, ...]
     excess: tuple[float, ...]
     part: str
-    confidence: float | None = None
     tops: Tops | None = None
 
 
@@ -65,7 +60,7 @@ def task_of(move: Move, examples: Sequence[Example] = (), shots: Sequence[Exampl
 def key(move: Move, world: World) -> str:
     """What the answers depend on."""
     r = move.recipe
-    filtered = [_weighed(move), r.filter.keep_samples]
+    filtered = [r.filter.kind in ("excess", "both"), r.filter.keep_samples]
     told = [asdict(r.label), filtered, r.prompting[0], r.train.held_out, bool(r.gate.tests), r.inputs.seed]
     logits = r.train.loss == "logits"
     return digest("label", gather.key(move, world, True), told, logits, move.digest, world.source.digest)
@@ -166,28 +161,18 @@ def _ended(
     return found, dict(counts)
 
 
-def _weighed(move: Move) -> str:
-    """By what answers are weighed: excess, confidence, or nothing."""
-    match move.recipe.filter.kind:
-        case "excess" | "both":
-            return "excess"
-        case "confidence":
-            return "confidence"
-        case _:
-            return ""
+def _filtered(move: Move) -> bool:
+    return move.recipe.filter.kind in ("excess", "both")
 
 
 def _scoring(world: World, move: Move, kept: Sequence[tuple[str, Written]]) -> list[Call]:
-    """With a filter every answer's probabilities by expert and base; then, for logits, the likeliest tokens."""
-    weighed = _weighed(move)
+    """With the filter every answer's probabilities by expert and base; then, for logits, the likeliest tokens."""
     prompter, expert = _prompter(world, move), _expert(move)
     found: list[Call] = []
     for text, answer in kept:
         prompt = prompter.prompt(task_of(move), Example(text, "", ()))
-        if weighed:
-            found.append(Forced(expert, prompt, answer.tokens))
-        if weighed == "excess":
-            found.append(Forced(None, prompt, answer.tokens))
+        if _filtered(move):
+            found += [Forced(expert, prompt, answer.tokens), Forced(None, prompt, answer.tokens)]
         if move.recipe.train.loss == "logits":
             found.append(Ranked(expert, prompt, answer.tokens, move.recipe.label.top_k))
     return found
@@ -195,24 +180,17 @@ def _scoring(world: World, move: Move, kept: Sequence[tuple[str, Written]]) -> l
 
 def _scored(move: Move, kept: Sequence[tuple[str, Written]], answers: Sequence[Answer]) -> list[Labelled]:
     each = iter(answers)
-    weighed = _weighed(move)
     found = []
     for text, answer in kept:
-        expert = next(each) if weighed else None
-        base = next(each) if weighed == "excess" else None
+        gains: tuple[float, ...] = ()
+        if _filtered(move):
+            expert, base = next(each), next(each)
+            assert isinstance(expert, Scores) and isinstance(base, Scores)
+            gains = excess.excess(expert.logprobs, base.logprobs)
         tops = next(each) if move.recipe.train.loss == "logits" else None
-        assert expert is None or isinstance(expert, Scores)
-        assert base is None or isinstance(base, Scores)
         assert tops is None or isinstance(tops, Tops)
-        gains = excess.excess(expert.logprobs, base.logprobs) if expert and base else ()
-        sure = sum(expert.logprobs) if expert and not base else None
-        found.append(Labelled(text, answer.text, answer.tokens, gains, TRAIN, sure, tops))
+        found.append(Labelled(text, answer.text, answer.tokens, gains, TRAIN, tops))
     return found
-
-
-def _weight(one: Labelled) -> float:
-    """What a filter goes by."""
-    return sum(one.excess) / len(one.excess) if one.confidence is None else one.confidence
 
 
 def _chosen(move: Move, answers: Sequence[Labelled]) -> list[Labelled]:
@@ -226,8 +204,9 @@ def _chosen(move: Move, answers: Sequence[Labelled]) -> list[Labelled]:
     tested = 0 if move.recipe.gate.tests else max(2, round(TESTED * len(order)))
     part = dict.fromkeys(order[:tested], TEST)
     rest = order[tested:]
-    if _weighed(move):
-        good = excess.best_samples([_weight(answers[i]) for i in rest], move.recipe.filter.keep_samples)
+    if _filtered(move):
+        means = [sum(answers[i].excess) / len(answers[i].excess) for i in rest]
+        good = excess.best_samples(means, move.recipe.filter.keep_samples)
         part |= dict.fromkeys((i for i, keep in zip(rest, good, strict=True) if not keep), ASIDE)
         rest = [i for i, keep in zip(rest, good, strict=True) if keep]
     if len(rest) < 2:

@@ -43,8 +43,7 @@ def _options(function: _Command) -> _Command:
             click.option("--seeds", metavar="FILE", help="Five or more example inputs (JSON lines or .txt)."),
             click.option("--prompts", metavar="FILE", help="Retained inputs without answers, used as they are."),
             click.option("--count", type=int, metavar="N", help="Synthetic inputs. Default: 250."),
-            click.option("--filter", "kind",
-                         type=click.Choice(["none", "confidence", "discriminator", "excess", "both"]),
+            click.option("--filter", "kind", type=click.Choice(["none", "discriminator", "excess", "both"]),
                          help="Which inputs and answers are trained on. Default: none."),
             click.option("--discriminator", metavar="DIR", help="A trained one, for --filter discriminator."),
             click.option("--tests", metavar="FILE", help="Labelled task for the gate. Default: agreement."),
@@ -238,8 +237,7 @@ _stage(
 _stage("synthesise", """Write a first round of new inputs and screen them, without a filter.""")
 _stage("filter", """Write inputs in rounds until enough of them pass the filter.""")
 _stage(
-    "label",
-    """Let the source base with the adapter answer all inputs, and choose answers by confidence or excess.""",
+    "label", """Let the source base with the adapter answer all inputs, and choose answers by their excess."""
 )
 _stage("train", """Train the new adapter on the target base.""")
 _stage("evaluate", """Ask all arms the gate's questions.""")

@@ -138,7 +138,7 @@ def test_expert_is_asked_every_input_in_its_own_prompt(school: School) -> None:
     assert [(one.input, one.output, one.tokens) for one in labelled] == [
         (text, f"a{text[1:]}", answer_of(text)) for text in inputs(10)
     ]
-    assert all(one.excess == () and one.confidence is None and one.tops is None for one in labelled)
+    assert all(one.excess == () and one.tops is None for one in labelled)
 
 
 @pytest.mark.parametrize("n", [4, 7, 40, 101])
@@ -181,34 +181,6 @@ def test_filter_keeps_the_best_and_does_not_choose_its_test(school: School) -> N
         label={"new_tokens": 63},
     )
     assert parts(teach.read(other))[TEST] == test
-
-
-def test_confidence_keeps_the_answers_that_the_expert_finds_likeliest(school: School) -> None:
-    n = 50
-    bare, _ = school.label(plainly, inputs(n), filter={"kind": "none"})
-    test = parts(teach.read(bare))[TEST]
-
-    def script(call: Call) -> Answer:
-        """Every second answer twice as long: a long answer is less likely than each of its tokens."""
-        if isinstance(call, Greedy):
-            text = told(call.prompt).removesuffix("=")
-            tokens = (*tiny.encode(f"a{text[1:]}" * (1 + int(text[1:]) % 2)), tiny.END)
-            return Written(told(tokens), tokens)
-        assert isinstance(call, Forced) and call.adapter == "expert/ant"  # the bare base is not asked
-        return Scores((-0.1 - gain(told(call.answer)[:4]),) * len(call.answer), (0.0,) * len(call.answer))
-
-    def sure(text: str) -> float:
-        return -(9 if int(text[1:]) % 2 else 5) * (0.1 + gain(text))
-
-    move, world = school.label(script, inputs(n), filter={"kind": "confidence", "keep_samples": 0.3})
-    labelled = teach.read(move)
-    found = parts(labelled)
-    assert found[TEST] == test
-    rest = sorted(set(inputs(n)) - test, key=sure, reverse=True)
-    assert found[TRAIN] | found[HELD_OUT] == set(rest[:12])  # 0.3 of 40
-    assert found[ASIDE] == set(rest[12:])
-    assert sum(isinstance(call, Forced) for call in world.asked) == n
-    assert all(one.excess == () and one.confidence == pytest.approx(sure(one.input)) for one in labelled)
 
 
 def test_parts_are_a_function_of_the_seed(school: School, base: Base, ant: Path, tmp_path: Path) -> None:
