@@ -152,12 +152,17 @@ def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: 
         at += len(c.having)
         residuals, nbytes = _predicted(c, b, table, dtype, rows)
         mu = worth[[c.having[i] for i in rows]][:, None]
-        costs += [factor * mu * residuals + nbytes for factor in AROUND]
+        costs += [_worth(residuals, factor * mu) + nbytes for factor in AROUND]
     whole = torch.cat(costs) * (step / len(AROUND))  # (customers, offers)
     chosen = _served(whole.T.contiguous())
     widest = max(max(c.ranks) for c in curves)
     plain = [Profile((WHOLE,) * r, (WHOLE,) * r) for r in range(1, widest + 1)] if widest <= MENU else []
     return [*dict.fromkeys([*(offers[i] for i in chosen), *plain]), ORIGINAL]
+
+
+def _worth(residuals: Tensor, weights: Tensor) -> Tensor:
+    """Their product; what cannot be stays infinite where the weight is 0, that of an adapter of zeros."""
+    return torch.where(residuals.isfinite(), weights * residuals, torch.inf)
 
 
 def _served(whole: Tensor) -> list[int]:
@@ -270,7 +275,7 @@ def tables(
 
 def within_bytes(table: Tables, budget: float, weights: Tensor) -> Tensor:
     """(n, m) profiles of least sum_i w_i residual_i whose own tensors take at most so many bytes."""
-    value = (table.residuals * weights[:, None, None]).flatten(0, 1)[None]
+    value = _worth(table.residuals, weights[:, None, None]).flatten(0, 1)[None]
     chosen, _ = rate.choose(value, table.nbytes.flatten(0, 1)[None], value.new_tensor([budget]))
     return chosen.view(table.nbytes.shape[:2])
 

@@ -432,6 +432,25 @@ def test_the_menu_is_the_greedy_one(seed: int, offers: int, customers: int, coar
         assert found == chosen
 
 
+@pytest.mark.parametrize("aim", [{"ratio": 16.0}, {"budget": 300_000}])
+def test_an_adapter_of_zeros_and_of_lower_rank_takes_nothing_from_the_others(
+    few: Path, tmp_path: Path, aim: dict[str, Any]
+) -> None:
+    """Its weight is 0, and profiles of more rows than it has are infinitely far off: 0 times infinity is no number."""
+    root = tmp_path / "zoo"
+    shutil.copytree(few, root)
+    without = job.run([root], spec(**aim), None)
+    blank = root / "zero"
+    shutil.copytree(next(path for path in sorted(root.iterdir()) if path.is_dir()), blank)
+    weights = load_file(blank / "adapter_model.safetensors")
+    cut = {n: v[:1].clone() if "lora_A" in n else torch.zeros_like(v[:, :1]) for n, v in weights.items()}
+    save_file(cut, blank / "adapter_model.safetensors")
+    config = json.loads((blank / "adapter_config.json").read_text())
+    (blank / "adapter_config.json").write_text(json.dumps(config | {"r": 1}))
+    found = job.run([root], spec(**aim), None)
+    assert found.summary()["max_error"] <= 1.1 * without.summary()["max_error"] < 0.5
+
+
 def test_plans_have_names_of_their_own() -> None:
     profiles = Profile((2.0,), (1.0,)), Profile((2.0,), (1.0,), (False, True)), NOTHING, ORIGINAL
     bases = Bases(), Bases(None, Basis(4, 2)), Bases(Basis(4, 2), None), Bases(None, Basis(4, 3))
