@@ -1,9 +1,13 @@
-"""What is learned, and how far off a model is: samples as padded batches, and the loss of each of their tokens.
+"""What is learned, and how far off a model is: samples as padded batches, and loss and error of each of their tokens.
 
 Hard labels: -log p of a token that is trained on. Logits (equal tokenizers): there the Kullback-Leibler divergence from
 the teacher's distribution over its k most likely tokens and the rest as one,
 
     sum_j t_j (log t_j - log s_j) + t_rest (log t_rest - log s_rest).
+
+The error is the total variation distance of the same two distributions, 1/2 sum |t - s|; for a hard label 1 - p, how
+often a sampled token would be another. It is what epochs are compared by: an expert's answer to an odd input is a
+guess, and one that was not guessed costs -log p without a bound, so the mean loss grows while the model still learns.
 
 Answers stand at the end of left-padded rows, so logits are made of answers only: a vocabulary of 262 000 costs more
 than a small model's layers.
@@ -78,6 +82,29 @@ def collated(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
 
 def losses(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of every trained token of a batch, flat."""
+    found = _student(model, batch)
+    if "tops" not in batch:
+        return -found[:, 0]
+    share, teacher = _teacher(batch)
+    inside = torch.where(share > 0, share * (teacher - found), 0).sum(1)
+    tiny = torch.finfo(torch.float32).eps
+    rest, own = (1 - share.sum(1)).clamp_min(tiny), (1 - found.exp().sum(1)).clamp_min(tiny)
+    soft: Tensor = inside + rest * (rest.log() - own.log())
+    return soft
+
+
+def errors(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The error of every trained token of a batch, flat: 0 to 1."""
+    own = _student(model, batch).exp()
+    if "tops" not in batch:
+        return 1 - own[:, 0]
+    share, _ = _teacher(batch)
+    both = (share - own).abs().sum(1) + (share.sum(1) - own.sum(1)).abs()  # the rest is what the k lack of 1
+    return both / 2
+
+
+def _student(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """(trained tokens, 1 or k): the model's log-probabilities of the labels, or of the teacher's likeliest tokens."""
     labels = batch["labels"][:, 1:]
     logits = model(
         input_ids=batch["input_ids"],
@@ -87,15 +114,12 @@ def losses(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         use_cache=False,
     ).logits[:, :-1]
     trained = labels != NONE
-    found = logits[trained].float().log_softmax(-1)  # (tokens, vocabulary)
-    if "tops" not in batch:
-        hard: Tensor = -found.gather(1, labels[trained][:, None])[:, 0]
-        return hard
-    student = found.gather(1, batch["tops"][trained])  # (tokens, k)
-    teacher = batch["tops_logprobs"][trained]
-    share = teacher.exp()
-    inside = torch.where(share > 0, share * (teacher - student), 0).sum(1)
-    tiny = torch.finfo(torch.float32).eps
-    rest, own = (1 - share.sum(1)).clamp_min(tiny), (1 - student.exp().sum(1)).clamp_min(tiny)
-    soft: Tensor = inside + rest * (rest.log() - own.log())
-    return soft
+    wanted = batch["tops"][trained] if "tops" in batch else labels[trained][:, None]
+    found: Tensor = logits[trained].float().log_softmax(-1).gather(1, wanted)
+    return found
+
+
+def _teacher(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(trained tokens, k) each: the teacher's probabilities, and their logarithms."""
+    found = batch["tops_logprobs"][batch["labels"][:, 1:] != NONE]
+    return found.exp(), found

@@ -41,8 +41,8 @@ class Fitted:
 
     Attributes:
         learning_rate: the one that was chosen.
-        searched: learning rate -> held-out loss after the search; empty where there was one only.
-        losses: held-out loss before training and after every epoch.
+        searched: learning rate -> held-out error after the search; empty where there was one only.
+        errors: held-out error before training and after every epoch, the mean over tokens (batches.py).
         best: epoch whose adapter was saved; 0: none was better than the start.
         steps: optimiser steps.
         seconds: of training, the search and earlier parts of a resumed run included; not what a kill undid.
@@ -50,7 +50,7 @@ class Fitted:
 
     learning_rate: float
     searched: dict[str, float]
-    losses: list[float]
+    errors: list[float]
     best: int
     steps: int
     seconds: float
@@ -79,7 +79,7 @@ def fit(
         folder: of this fit alone; its content decides where it goes on.
         start: factors to start from; None for PEFT's usual start, D = 0.
     Raises:
-        InputError: there is nothing to train on, `start` has a module that `shape` lacks, or the loss is no number.
+        InputError: there is nothing to train on, `start` has a module that `shape` lacks, or the error is no number.
     """
     if not train or not held_out:
         raise InputError([Defect(folder.name, problem="there is no sample to train on, or none is held out")])
@@ -104,13 +104,13 @@ def fit(
             progress,
             False,
         )
-        loss = log.losses[-1]
-        searched[f"{rate:g}"] = loss if loss < float("inf") else float("inf")  # NaN is worse than anything
+        error = log.errors[-1]
+        searched[f"{rate:g}"] = error if error <= 1 else float("inf")  # NaN is worse than anything
         seconds += log.seconds
     rate = min(rates, key=lambda rate: searched.get(f"{rate:g}", 0.0))
     log = _run(model, train, held_out, shape, spec, folder / "run", rate, seed, start, progress, True)
-    best = min(range(len(log.losses)), key=lambda epoch: log.losses[epoch])
-    found = Fitted(rate, searched, log.losses, best, log.steps, round(seconds + log.seconds, 1))
+    best = min(range(len(log.errors)), key=lambda epoch: log.errors[epoch])
+    found = Fitted(rate, searched, log.errors, best, log.steps, round(seconds + log.seconds, 1))
     if _processes() > 1:
         torch.distributed.barrier()  # a slower one may still be reading the best epoch
     if _first():
@@ -137,7 +137,8 @@ class _Log:
     steps: int
 
     @property
-    def losses(self) -> list[float]:
+    def errors(self) -> list[float]:
+        """What the Trainer takes for the loss: prediction_step."""
         return [float(row["eval_loss"]) for row in self.rows if "eval_loss" in row]
 
     @property
@@ -146,8 +147,8 @@ class _Log:
 
     def waited(self) -> int:
         """Epochs since the best one."""
-        losses = self.losses[1:]  # a rank's first epoch may be worse than none, and yet a beginning
-        return len(losses) - 1 - min(range(len(losses)), key=lambda epoch: losses[epoch], default=-1)
+        errors = self.errors[1:]  # a rank's first epoch may be worse than none, and yet a beginning
+        return len(errors) - 1 - min(range(len(errors)), key=lambda epoch: errors[epoch], default=-1)
 
 
 def _run(
@@ -175,7 +176,7 @@ def _run(
         last, past = _resumed(folder)
         epochs = spec.epochs if final else spec.search_epochs
         if final and past.waited() >= spec.patience:
-            epochs = len(past.losses) - 1  # it had ended, and was killed before it was saved
+            epochs = len(past.errors) - 1  # it had ended, and was killed before it was saved
         arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=epochs,
@@ -219,14 +220,14 @@ def _run(
         )
         trainer.train(resume_from_checkpoint=last)
         log = _Log(trainer.state.log_history, int(trainer.state.global_step))
-        losses = log.losses
-        if final and not all(loss < float("inf") for loss in losses):
-            problem = f"the held-out loss is no number at learning rate {rate:g}"
+        errors = log.errors
+        if final and not all(error <= 1 for error in errors):
+            problem = f"the held-out error is no number at learning rate {rate:g}"
             raise InputError(
                 [Defect(folder.parent.name, problem=problem, remedy="lower train.learning_rates")]
             )
         if final:
-            if losses[0] <= min(losses[1:], default=losses[0]):  # training only made it worse
+            if errors[0] <= min(errors[1:], default=errors[0]):  # training only made it worse
                 with torch.no_grad():
                     for name, p in model.named_parameters():
                         if name in first:
@@ -342,7 +343,7 @@ def _trainer(
         ) -> Any:
             # The Trainer takes the mean over samples; so that the mean over tokens comes out:
             with torch.no_grad():
-                found = batches.losses(model, self._prepare_inputs(inputs))
+                found = batches.errors(model, self._prepare_inputs(inputs))
                 return found.sum() / len(inputs["labels"]) / each, None, None
 
     class Watch(TrainerCallback):

@@ -57,8 +57,8 @@ def train(world: World, moves: Sequence[Move]) -> None:
                 raise found
             if found.best == 0 and one.start is None:
                 raise TransferError(
-                    f"{move.name}: no epoch was better than no adapter at all on held-out answers (loss "
-                    f"{found.losses[0]:.3f}, then {min(found.losses[1:]):.3f} at best): more inputs, or another "
+                    f"{move.name}: no epoch was better than no adapter at all on held-out answers (error "
+                    f"{found.errors[0]:.3f}, then {min(found.errors[1:]):.3f} at best): more inputs, or another "
                     "train.learning_rates"
                 )
             figures = asdict(found) | {

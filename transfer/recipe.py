@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lorazip import __version__
 from lorazip.errors import UsageError, printable
 from lorazip.eval.prompts import TEMPLATE
 from lorazip.eval.spec import AUTO, PRIMARY
@@ -127,7 +128,7 @@ class Training:
         modules: leaf names, such as q_proj; empty for those of the source adapter that the target has.
         epochs, batch, accumulation: at most so many epochs of batches of `batch` x `accumulation` samples.
         learning_rates: the best of them on held-out samples after `search_epochs` is taken; one is not searched.
-        patience: epochs without a better held-out loss, after which training ends.
+        patience: epochs without a better held-out error (batches.py), after which training ends.
         held_out: share of the samples that is not trained on.
         loss: labels (hard), or logits (Kullback-Leibler divergence from the teacher's, equal tokenizers).
         warm: start from nothing, from a copy of the source's factors, or from a map fitted on activations.
@@ -389,5 +390,6 @@ def _out_of_range(recipe: Recipe) -> list[str]:
 
 
 def digest(*parts: Any) -> str:
-    """sha256 (hex, 16 digits) of JSON values: the name of what depends on these, and on nothing else."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """sha256 (hex, 16 digits) of JSON values: the name of what depends on these and on lorazip, and on nothing else."""
+    told = [__version__, *parts]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

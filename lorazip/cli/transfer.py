@@ -160,11 +160,11 @@ def _show(one: job.Moved, until: str) -> None:
         )
     if until in ("train", "evaluate", "gate") and "train" in stages:
         fitted = stages["train"]
-        losses = fitted["losses"]
+        errors = fitted["errors"]
         click.echo(
             f"  training: {units.counted(fitted['samples'], 'answer')}, {fitted['tokens']} tokens, rank "
-            f"{fitted['rank']}, learning rate {fitted['learning_rate']:g}: held-out loss {losses[0]:.3f} -> "
-            f"{losses[fitted['best']]:.3f} (epoch {fitted['best']}), {units.duration(fitted['seconds'])}"
+            f"{fitted['rank']}, learning rate {fitted['learning_rate']:g}: held-out error {errors[0]:.3f} -> "
+            f"{errors[fitted['best']]:.3f} (epoch {fitted['best']}), {units.duration(fitted['seconds'])}"
         )
     if one.judged is not None:
         _show_gate(one)

@@ -96,7 +96,7 @@ def test_two_processes_learn_what_one_learns(
     assert there.learning_rate == here.learning_rate and there.best == here.best
     assert there.steps == here.steps > 0
     # Adam takes the sign of a first gradient, however small: rounding may turn it.
-    assert there.losses == pytest.approx(here.losses, rel=2e-3)
+    assert there.errors == pytest.approx(here.errors, rel=2e-3)
     assert there.searched == pytest.approx(here.searched, rel=2e-3)
     assert_same(tmp_path / "one", tmp_path / "two")
     assert ("two", "training", there.steps, there.steps) in told
@@ -113,7 +113,7 @@ def test_one_that_fails_costs_the_others_nothing(base: Path, tmp_path: Path, thr
     assert isinstance(here["wild"], InputError)
     there = run(base, *(replace(one, folder=tmp_path / "two" / one.name) for one in some), processes=2)
     assert isinstance(there["wild"], TransferError) and str(there["wild"]) == str(here["wild"])
-    assert fitted(there["tame"]).losses == pytest.approx(fitted(here["tame"]).losses, rel=2e-3)
+    assert fitted(there["tame"]).errors == pytest.approx(fitted(here["tame"]).errors, rel=2e-3)
 
 
 def children(parent: int) -> list[int]:
@@ -146,7 +146,7 @@ def test_processes_that_die_cost_the_fit_that_they_were_at(base: Path, tmp_path:
     )
     second = fitted(found["second"])
     again = fitted(run(base, some[0], processes=2)["first"])  # goes on from its last epoch
-    assert again.losses == pytest.approx(second.losses, rel=2e-3)  # the same samples and seed
+    assert again.errors == pytest.approx(second.errors, rel=2e-3)  # the same samples and seed
     assert_same(tmp_path / "first", tmp_path / "second")
 
 

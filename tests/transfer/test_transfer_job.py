@@ -292,8 +292,8 @@ def test_adapter_out_of_a_bundle(place: Place, tmp_path: Path) -> None:
 def test_logits_need_equal_tokenizers_and_train(place: Place, tmp_path: Path) -> None:
     tables = place.tables(train=SETTINGS["train"] | {"loss": "logits"}, label={"new_tokens": 24, "top_k": 4})
     (moved,) = run(place, tmp_path / "moved", tables=tables)
-    losses = moved.stages["train"]["losses"]
-    assert losses[moved.stages["train"]["best"]] < losses[0]
+    errors = moved.stages["train"]["errors"]
+    assert errors[moved.stages["train"]["best"]] < errors[0]
 
 
 def test_what_exists_is_never_harmed(place: Place, tmp_path: Path) -> None:
