@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from lorazip import Spec, open_adapters
-from lorazip.compress import auto, planning, pricing
+from lorazip.compress import auto, cluster, curves, encode, planning, pricing
 from lorazip.compress.curves import Curve
+from lorazip.compress.methods import METHODS
 from lorazip.compress.profile import Bases
 
 DTYPE = "float16"
+CLUSTERS = (2, 4)
+SHARED = 16  # columns of the bases that clusters are found with
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,27 @@ class Zoo:
         for curve in curves:
             energies[list(curve.having)] += curve.energies
         return Zoo(curves, energies)
+
+    @staticmethod
+    def clustered(path: str, every: int, count: int) -> Zoo:
+        """The same, the adapters of every module parted as jd-full parts them: a curve and bases for each part."""
+        inputs = open_adapters([path])
+        spec = Spec("auto", ratio=8.0, device="cpu")
+        found = []
+        energies = torch.zeros(len(inputs.adapters), dtype=torch.float64)
+        for name in list(inputs.modules)[::every]:
+            having = [i for i, adapter in enumerate(inputs.adapters) if name in adapter.modules]
+            factors = [inputs.adapters[i].low_rank(name) for i in having]
+            whole = encode.prepare(name, factors, spec)[0]
+            energies[having] += whole.energies
+            fitted = cluster.fit(
+                METHODS["jd-full"], whole.stack, whole.weights, whole.energies, SHARED, count
+            )
+            for label in sorted(set(fitted.labels)):
+                some = [i for i, own in enumerate(fitted.labels) if own == label]
+                part = encode.prepare(name, [factors[i] for i in some], spec)[0]
+                found.append(curves.curve(part, [having[i] for i in some]))
+        return Zoo(found, energies)
 
     @property
     def weights(self) -> Tensor:
@@ -112,6 +136,12 @@ def main() -> None:
         "nothing shared": [error(hidden(zoo, 0, 1), r)[0] for r in ratios],
         "only left sides shared": [error(hidden(zoo, 1), r)[0] for r in ratios],
         "only right sides shared": [error(hidden(zoo, 0), r)[0] for r in ratios],
+        **{
+            f"{count} clusters a module": [
+                error(Zoo.clustered(args.zoo, args.every, count), r)[0] for r in ratios
+            ]
+            for count in CLUSTERS
+        },
         "the same bytes for every module": [equal(zoo, r) for r in ratios],
     }
     menus = [listed(zoo, r) for r in ratios]
