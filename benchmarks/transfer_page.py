@@ -52,8 +52,21 @@ class Group:
         setting = self.setting
         return (
             f"Learning rate {', '.join(f'{rate:g}' for rate in setting['rates'])}, bases in {setting['dtype']} while "
-            f"training, seed {setting['seed']}; up to {setting['limit']} test examples."
+            f"training, seed {setting['seed']}; up to {setting['limit']} test examples." + self._epochs
         )
+
+    @property
+    def _epochs(self) -> str:
+        """How older rows' epochs were chosen: the figures of a fit say it."""
+        fits = [
+            r["stages"]["train"]
+            for row in self.rows
+            for r in row["routes"].values()
+            if "train" in r["stages"]
+        ]
+        if all("errors" in fit for fit in fits):
+            return ""
+        return " The saved epochs are those of least held-out loss, as was done then; now it is the error."
 
     @property
     def routes(self) -> list[str]:
@@ -141,9 +154,10 @@ def _page(rows: Sequence[Row]) -> list[str]:
 
 
 def _scores(group: Group) -> list[str]:
+    columns = [*group.routes, *(["oracle"] if "retained" in group.routes else [])]
     return [
-        "| task | | source base | source adapter | target base | " + " | ".join(group.routes) + " | oracle |",
-        "| --- | --- " + "| ---: " * (4 + len(group.routes)) + "|",
+        "| task | | source base | source adapter | target base | " + " | ".join(columns) + " |",
+        "| --- | --- " + "| ---: " * (3 + len(columns)) + "|",
         *(_line(row) for row in group.rows),
     ]
 
@@ -179,7 +193,8 @@ def _line(row: Row) -> str:
     for route in row["setting"]["routes"]:
         moved = _moved(row, route)
         cells.append(_shown(None if moved is None else moved["scores"]))
-    cells.append(_shown(arms["oracle"]["scores"] if "oracle" in arms else None))
+    if "retained" in row["setting"]["routes"]:
+        cells.append(_shown(arms["oracle"]["scores"] if "oracle" in arms else None))
     return f"| {row['setting']['task']} | {row['setting']['direction']} | " + " | ".join(cells) + " |"
 
 
