@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,7 @@ def fit(
             False,
         )
         error = log.errors[-1]
-        searched[f"{rate:g}"] = error if error <= 1 else float("inf")  # NaN is worse than anything
+        searched[f"{rate:g}"] = error if math.isfinite(error) else math.inf  # NaN is worse than anything
         seconds += log.seconds
     rate = min(rates, key=lambda rate: searched.get(f"{rate:g}", 0.0))
     log = _run(model, train, held_out, shape, spec, folder / "run", rate, seed, start, progress, True)
@@ -221,7 +222,7 @@ def _run(
         trainer.train(resume_from_checkpoint=last)
         log = _Log(trainer.state.log_history, int(trainer.state.global_step))
         errors = log.errors
-        if final and not all(error <= 1 for error in errors):
+        if final and not all(map(math.isfinite, errors)):
             problem = f"the held-out error is no number at learning rate {rate:g}"
             raise InputError(
                 [Defect(folder.parent.name, problem=problem, remedy="lower train.learning_rates")]
