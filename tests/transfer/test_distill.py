@@ -343,6 +343,21 @@ def test_accumulated_batches_make_the_step_of_one(
 # A whole fit
 
 
+def test_start_that_is_wrong_in_every_token_is_trained(base: Path, tmp_path: Path) -> None:
+    """1 - p is 1 for all; the mean that the Trainer takes of it may come out a little above."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    lengths = (1, 4, 5, 5, 3)
+    some = []
+    for prompt, length in zip(tiny.prompts(len(lengths)), lengths, strict=True):
+        answer = tuple(tiny.logprobs(model, prompt, (0,) * length).argmin(1).tolist())
+        some.append(Sample(prompt, answer, (True,) * length))
+    assert min(hard(model, some)) > 50
+    found = distill.fit(model, some, some, shape(model), replace(SPEC, epochs=1), tmp_path / "fit")
+    assert found.errors[0] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_fit_learns_and_saves_the_epoch_that_it_says(
     fit: Callable[..., Fitted], model: PreTrainedModel, base: Path, tmp_path: Path, kind: str
