@@ -25,7 +25,7 @@ def scores(folder: Path) -> dict[str, Any]:
     path = folder / "scores.jsonl"
     if not path.exists():
         return {}
-    rows = map(json.loads, path.read_text().splitlines())
+    _, *rows = map(json.loads, path.read_text().splitlines())  # the first says what they depend on
     return {row["arm"]: {"scores": row["scores"], "losses": row["losses"]} for row in rows}
 
 

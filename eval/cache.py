@@ -52,7 +52,7 @@ class Cache:
             self._file.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:
             raise TargetError(
-                f"{self.path} cannot be used: {error} (delete it, or name another: --cache)"
+                f"{self.path} cannot be used: {error} (delete it, or name another: --cache, of a transfer --work)"
             ) from error
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Cache:
                     found.update((bytes(k), json.loads(answer)) for k, answer in rows)
         except (sqlite3.Error, ValueError) as error:
             raise TargetError(
-                f"{self.path} is damaged: {error} (delete it, or name another: --cache)"
+                f"{self.path} is damaged: {error} (delete it, or name another: --cache, of a transfer --work)"
             ) from error
         return found
 
@@ -108,6 +108,6 @@ class Cache:
                 self._file.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (str(path), stamp, found))
         except sqlite3.Error as error:
             raise TargetError(
-                f"{self.path} cannot be used: {error} (delete it, or name another: --cache)"
+                f"{self.path} cannot be used: {error} (delete it, or name another: --cache, of a transfer --work)"
             ) from error
         return found

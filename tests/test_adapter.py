@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import safetensors.torch
 import torch
+from handmade import MakeAdapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +17,6 @@ from lorazip import names
 from lorazip.adapter import Adapter, LowRank, open_adapter
 from lorazip.errors import InputError
 from lorazip.header import FormatError, TensorInfo, parse_json, read_header
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 PREFIX = "base_model.model."
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from handmade import MakeAdapter
 
 from lorazip.bundle import Bundle
 from lorazip.choices import choices
@@ -17,9 +18,6 @@ from lorazip.compress import job
 from lorazip.compress.spec import Spec
 from lorazip.manifest import Module
 from lorazip.terms import Core, Form, Own, Shared, Term
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 BASIS = (Shared("left", 4, "tcq2u"), Shared("right", 16, "tcq3u"))
 Q0, Q1, K0 = (

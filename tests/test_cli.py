@@ -11,16 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 
 from lorazip.bundle import Bundle
 from lorazip.cli import group, main, render
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 COMMANDS = ("inspect", "compress", "info", "verify", "export", "add", "remove", "eval", "bench", "transfer")
 REQUIRED = {

@@ -13,18 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import pytest
+from handmade import MakeAdapter
 
 import lorazip
 from lorazip import cli
 from lorazip.eval import vllm_backend
 from lorazip.eval.results import SCHEMA, Arm, Canary, Check, Comparison, LeftOut, Results, Row, Summary
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]

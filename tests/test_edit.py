@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from torch import Tensor
 
 from lorazip import Bundle, Spec, edit
@@ -14,9 +14,6 @@ from lorazip.compress import check, job, join
 from lorazip.errors import BundleError, TargetError, UsageError
 from lorazip.sources import open_adapters
 from lorazip.terms import shared_indices
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 HEAD = "base_model.model.head.weight"
 

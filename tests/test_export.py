@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from safetensors.torch import load_file
 
 from lorazip import Bundle, Spec, open_adapter
@@ -16,9 +17,6 @@ from lorazip.compress import job
 from lorazip.edit import commit
 from lorazip.errors import BundleError, TargetError, UsageError
 from lorazip.export import Exported, export, write_card
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"

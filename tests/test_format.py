@@ -9,12 +9,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden import make, reader
+from handmade import MakeAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,9 +23,6 @@ import lorazip
 from lorazip import cli, codecs, edit, export, numbers, trellis
 from lorazip.bundle import Bundle
 from lorazip.errors import BundleError
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "v1").glob("*.lorazip"))

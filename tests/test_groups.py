@@ -6,18 +6,15 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from torch import Tensor
 
 from lorazip.adapter import open_adapter
 from lorazip.compress.groups import THRESHOLD, excess, shared_init_groups
 from lorazip.sources import open_adapters
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
 WIDE = {f"model.layers.{layer}.self_attn.q_proj": (32, 96) for layer in range(3)}

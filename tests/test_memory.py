@@ -6,17 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from handmade import MakeAdapter
 from nursery import Nursery
 
 from lorazip import memory
 from lorazip.compress import join
 from lorazip.memory import anonymous_memory
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 MB = 2**20
 

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,9 +22,6 @@ from lorazip import peft_config, peft_format
 from lorazip.adapter import Adapter, open_adapter
 from lorazip.errors import InputError, TargetError
 from lorazip.header import TensorInfo
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries, about themselves

@@ -8,16 +8,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from handmade import MakeAdapter
 from nursery import Ended, Nursery
 
 from lorazip import Bundle, Spec, open_adapter
 from lorazip.compress import job
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 TOKEN = "hf_example"
 

@@ -13,19 +13,17 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 
 from lorazip import findings, pictures, report, units
 from lorazip.compress.job import Outcome, run
 from lorazip.compress.spec import Spec
 from lorazip.errors import Defect, TargetError
 from lorazip.kinds import columns_by_kind
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
 HOSTILE = '<script>alert("1")</script>'

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,9 +20,6 @@ from lorazip import BundleAdapter, LowRank, Spec
 from lorazip.compress import job
 from lorazip.export import export
 from lorazip.sources import open_adapters
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries, about themselves

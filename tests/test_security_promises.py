@@ -7,16 +7,14 @@ import re
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from handmade import MakeAdapter
 
 import lorazip
 from lorazip import cli, edit, export, sources
 from lorazip.errors import BundleError, InputError
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(

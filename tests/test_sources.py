@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from huggingface_hub import constants
 
 from lorazip.errors import InputError
 from lorazip.sources import examine, open_adapters, resolve
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 PREFIX = "base_model.model."
 

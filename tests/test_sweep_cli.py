@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from handmade import MakeAdapter
 
 from lorazip.cli import main
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 MODULES = {"a.q_proj": (96, 160), "b.q_proj": (96, 160)}
 

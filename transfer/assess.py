@@ -9,21 +9,24 @@ Without a labelled test the teacher's answers are the right ones. That measures 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lorazip.adapter import open_adapter
 from lorazip.errors import LorazipError, TransferError, UsageError
 from lorazip.eval import compare, plan, tasks
 from lorazip.eval import transformers_backend as hf
-from lorazip.eval.backend import Answer, Call, HasFactors
+from lorazip.eval.backend import Answer, Call, HasFactors, Scores
 from lorazip.eval.plan import Asked
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.results import Interval, LeftOut
 from lorazip.eval.spec import EvalSpec
 from lorazip.eval.tasks import Example, Task
-from lorazip.transfer import distill, learn, teach
+from lorazip.peft_keys import WEIGHTS_FILE
+from lorazip.transfer import distill, learn, merged, teach
 from lorazip.transfer.batches import Sample
 from lorazip.transfer.move import Move, alive, pending
 from lorazip.transfer.recipe import digest
@@ -43,11 +46,16 @@ def shown(shots: int) -> str:
 
 @dataclass(frozen=True)
 class Scored:
-    """One arm: the scores of all examples by the primary metric, and their token losses."""
+    """One arm: the scores of all examples by the primary metric, and their token losses.
+
+    Attributes:
+        unended: token losses without the end token, as after solved examples, where no answer has one.
+    """
 
     arm: str
     scores: tuple[float, ...]
     losses: tuple[float, ...]
+    unended: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class Judged:
         measure: the primary metric; `agreement` where the teacher's answers are the right ones.
         arms: arm -> score and loss, each with its interval.
         base: the target base's arm that the transfer is held against.
-        gain, loss_gain: transferred - that arm, paired; a loss is better below zero.
+        gain: transferred - that arm, paired.
+        loss_gain: transferred - the target base's arm of lower loss, of the same tokens; better below zero.
         to_expert: transferred - source adapter; None without a labelled test.
         fixes, breaks, p_value: examples that only the transfer, only the base got right; McNemar's exact test.
         retention: (transferred - base) / (oracle - base), where it can be told.
@@ -90,7 +99,7 @@ def key(move: Move, world: World) -> str:
 
 def evaluate(world: World, moves: Sequence[Move]) -> None:
     """Ask all arms of all transfers, and keep every example's scores."""
-    todo = pending(moves, "evaluate", lambda move: key(move, world))
+    todo = pending(moves, "evaluate", lambda move: key(move, world), SCORES)
     work: dict[str, _Work] = {}
     for move in todo:
         with move.guarded():
@@ -98,33 +107,70 @@ def evaluate(world: World, moves: Sequence[Move]) -> None:
     _oracles(world, [move for move in alive(todo) if move.recipe.gate.oracle], work)
     answers: dict[str, dict[tuple[str, Call], Answer]] = {move.name: {} for move in todo}
     for base in (world.source, world.target):
-        asks = []
-        for move in alive(todo):
-            with move.guarded():
-                asks.append(_ask(world, move, work[move.name], base))
-        found = world.ask(base, asks, "evaluating")
-        for ask in asks:
-            move = next(m for m in todo if m.name == ask.name)
-            got = found.get(ask.name, [])
-            if isinstance(got, LorazipError):
-                move.failed = got
-            else:
-                answers[move.name] |= {(base.digest, call): a for call, a in zip(ask.calls, got, strict=True)}
+        _collect(world, base, f"{base.digest} ", alive(todo), work, answers)
+    for move in alive(todo):
+        with move.guarded():
+            for arm in work[move.name].arms:
+                if arm.merge is not None:
+                    with merged.merged(world, arm.merge) as base:
+                        _collect(world, base, arm.model, [move], work, answers)
     for move in alive(todo):
         with move.guarded():
             scored = [_scored(arm, answers[move.name]) for arm in work[move.name].arms]
-            move.write(SCORES, (asdict(one) for one in scored))
+            move.write(SCORES, key(move, world), map(asdict, scored))
             one = work[move.name]
-            figures = {"measure": one.measure, "examples": len(scored[0].scores), "left_out": one.left_out}
+            figures = {
+                "measure": one.measure,
+                "examples": len(scored[0].scores),
+                "left_out": one.left_out,
+                "weights_sha256": one.weights,
+                "no_oracle": one.no_oracle,
+            }
             move.done("evaluate", key(move, world), figures)
+
+
+def _collect(
+    world: World,
+    base: Base,
+    model: str,
+    moves: Sequence[Move],
+    work: Mapping[str, _Work],
+    answers: dict[str, dict[tuple[str, Call], Answer]],
+) -> None:
+    """Ask one model all that its arms are for."""
+    asks = []
+    for move in moves:
+        calls = [call for arm in work[move.name].arms if arm.model == model for call in _calls(arm)]
+        asks.append(Ask(move.name, work[move.name].adapters, calls))
+    found = world.ask(base, asks, "evaluating")
+    for ask in asks:
+        move = next(m for m in moves if m.name == ask.name)
+        got = found.get(ask.name, [])
+        if isinstance(got, LorazipError):
+            move.failed = got
+        else:
+            answers[move.name] |= {(model, call): a for call, a in zip(ask.calls, got, strict=True)}
 
 
 @dataclass(frozen=True)
 class _Arm:
+    """What is asked: a base, an adapter of this key or none, or an adapter that is merged into the base.
+
+    Attributes:
+        ended: answers have their end token.
+    """
+
     name: str
     base: Base
     key: str | None
     asked: Asked
+    ended: bool = True
+    merge: Path | None = None
+
+    @property
+    def model(self) -> str:
+        """Arms of one model are asked together."""
+        return f"{self.base.digest} {self.merge or ''}"
 
 
 @dataclass
@@ -135,11 +181,13 @@ class _Work:
     adapters: dict[str, HasFactors]
     task: Task
     prompter: Prompter
+    weights: str  # sha256 of the transferred adapter's file
+    no_oracle: str = ""  # why there is none, though it was asked for
 
 
 def _prepared(world: World, move: Move) -> _Work:
     gate = move.recipe.gate
-    task = labelled(move) if gate.tests else _taught(move)
+    task = labelled(move) if gate.tests else _taught(world, move)
     shots = min(gate.shots, len(task.shots))
     spec = EvalSpec(metric=gate.metric if gate.tests else "exact_match", shots=shots)
     theirs = world.target.prompter(*move.recipe.prompting[1])
@@ -147,11 +195,12 @@ def _prepared(world: World, move: Move) -> _Work:
     asked = plan.prepare(task, theirs, spec, world.target.context, left)
     arms = [_Arm(TARGET, world.target, None, asked)]
     if shots:
-        arms.append(_Arm(shown(shots), world.target, None, plan.with_shots(asked, theirs, shots)))
-    adapters: dict[str, HasFactors] = {
-        f"moved/{move.name}": open_adapter(learn.folder(move, world) / distill.ADAPTER, move.name)
-    }
-    arms.append(_Arm(MOVED, world.target, f"moved/{move.name}", asked))
+        arms.append(
+            _Arm(shown(shots), world.target, None, plan.with_shots(asked, theirs, shots), ended=False)
+        )
+    adapters: dict[str, HasFactors] = {}
+    trained = learn.folder(move, world) / distill.ADAPTER
+    arms.append(_acting(world, move, MOVED, trained, f"moved/{move.name}", asked, adapters))
     if copies(move):
         adapters[f"copy/{move.name}"] = move.adapter
         arms.append(_Arm(COPY, world.target, f"copy/{move.name}", asked))
@@ -165,7 +214,24 @@ def _prepared(world: World, move: Move) -> _Work:
         ]
     arms, examples = _common(arms)
     measure = asked.metrics[0].name if gate.tests else "agreement"
-    return _Work(measure, len(task.examples) - examples, arms, adapters, task, theirs)
+    weights = hashlib.sha256((trained / WEIGHTS_FILE).read_bytes()).hexdigest()
+    return _Work(measure, len(task.examples) - examples, arms, adapters, task, theirs, weights)
+
+
+def _acting(
+    world: World,
+    move: Move,
+    name: str,
+    trained: Path,
+    key: str,
+    asked: Asked,
+    adapters: dict[str, HasFactors],
+) -> _Arm:
+    """The arm of an adapter that was trained here: the target base with it, or with it merged in."""
+    if move.recipe.train.kind == "dora":
+        return _Arm(name, world.target, None, asked, merge=trained)
+    adapters[key] = open_adapter(trained, move.name)
+    return _Arm(name, world.target, key, asked)
 
 
 def copies(move: Move) -> bool:
@@ -184,9 +250,9 @@ def labelled(move: Move) -> Task:
     return Task(move.name, definition or None, task.examples, task.shots, task.metric, task.source)
 
 
-def _taught(move: Move) -> Task:
+def _taught(world: World, move: Move) -> Task:
     """The expert's answers as right ones: those put aside for the test, and some that were trained on as examples."""
-    rows = teach.read(move)
+    rows = teach.read(world, move)
     examples = [Example(one.input, one.output, (one.output,)) for one in rows if one.part == TEST]
     shots = [Example(one.input, one.output, (one.output,)) for one in rows if one.part == TRAIN]
     return task_of(move, examples[: move.recipe.gate.limit], shots)
@@ -199,12 +265,7 @@ def _common(arms: Sequence[_Arm]) -> tuple[list[_Arm], int]:
     if not order:
         raise TransferError("no example is short enough for both bases (gate.tests)")
     found = [
-        _Arm(
-            arm.name,
-            arm.base,
-            arm.key,
-            Asked(arm.asked.task, tuple(some[id(e)] for e in order), arm.asked.metrics),
-        )
+        replace(arm, asked=replace(arm.asked, questions=tuple(some[id(e)] for e in order)))
         for arm, some in zip(arms, there, strict=True)
     ]
     return found, len(order)
@@ -225,12 +286,12 @@ def _oracles(world: World, moves: Sequence[Move], work: Mapping[str, _Work]) -> 
             found, one = done[move.name], work[move.name]
             if isinstance(found, LorazipError):
                 raise found
-            name = f"oracle/{move.name}"
-            one.adapters[name] = open_adapter(
-                planned[move.name].folder / distill.ADAPTER, f"{move.name} oracle"
-            )
+            if found.best == 0:
+                one.no_oracle = "no epoch of it was better than the bare base on held-out answers"
+                continue
             asked = next(arm.asked for arm in one.arms if arm.name == MOVED)
-            one.arms.append(_Arm(ORACLE, world.target, name, asked))
+            trained = planned[move.name].folder / distill.ADAPTER
+            one.arms.append(_acting(world, move, ORACLE, trained, f"oracle/{move.name}", asked, one.adapters))
 
 
 def _solved(world: World, move: Move, work: _Work) -> list[Sample]:
@@ -258,39 +319,48 @@ def _calls(arm: _Arm) -> list[Call]:
     ]
 
 
-def _ask(world: World, move: Move, work: _Work, base: Base) -> Ask:
-    calls = [call for arm in work.arms if arm.base is base for call in _calls(arm)]
-    return Ask(move.name, work.adapters, calls)
-
-
 def _scored(arm: _Arm, answers: Mapping[Any, Answer]) -> Scored:
-    mine = {call: answers[arm.base.digest, call] for call in _calls(arm)}
+    mine = {call: answers[arm.model, call] for call in _calls(arm)}
 
     def by(metric: Any) -> tuple[float, ...]:
         return tuple(plan.score(metric, q, mine, arm.key) for q in arm.asked.questions)
 
     loss = next(metric for metric in arm.asked.metrics if metric.name == LOSS)
-    return Scored(arm.name, by(arm.asked.metrics[0]), by(loss))
+    unended = []
+    for question in arm.asked.questions:
+        (forced,) = (mine[call] for call in plan.calls(loss, question, arm.key))
+        assert isinstance(forced, Scores)
+        kept = forced.logprobs[:-1] if arm.ended and len(question.answer) > 1 else forced.logprobs
+        unended.append(-sum(kept) / len(kept))
+    return Scored(arm.name, by(arm.asked.metrics[0]), by(loss), tuple(unended))
 
 
-def read(move: Move) -> list[Scored]:
-    """What `evaluate` wrote."""
-    return [Scored(row["arm"], tuple(row["scores"]), tuple(row["losses"])) for row in move.read(SCORES)]
+def read(world: World, move: Move) -> list[Scored]:
+    """What `evaluate` wrote. Raises TargetError."""
+    try:
+        return [
+            Scored(row["arm"], tuple(row["scores"]), tuple(row["losses"]), tuple(row["unended"]))
+            for row in move.read(SCORES, key(move, world))
+        ]
+    except (KeyError, TypeError) as error:
+        raise move.damaged(SCORES, "a row of it is no arm") from error
 
 
 def judge(measure: str, scored: Sequence[Scored]) -> Judged:
     """Hold the transfer against the bare base.
 
     Refused: the interval of its score lies wholly below that of the better of the base's arms, paired by example; or
-    its token loss wholly above the lower of the base's losses.
+    its token loss wholly above the lower of the base's losses. After solved examples answers have no end token, which
+    costs a trained model nearly nothing: against that arm the transfer's loss is taken without it too.
     """
     by = {one.arm: one for one in scored}
     moved = by[MOVED]
     bare = [one for one in scored if one.arm.startswith(TARGET)]
     best = max(bare, key=lambda one: sum(one.scores))
     likeliest = min(bare, key=lambda one: sum(one.losses))
+    losses = moved.losses if likeliest.arm == TARGET else moved.unended
     gain = compare.difference([moved.scores], [best.scores])
-    loss_gain = compare.difference([moved.losses], [likeliest.losses], bounded=False)
+    loss_gain = compare.difference([losses], [likeliest.losses], bounded=False)
     fixes, breaks, p_value = compare.flips(moved.scores, best.scores)
     expert = by.get(EXPERT)
     oracle = by.get(ORACLE)

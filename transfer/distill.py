@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER, FITTED = "adapter", "fitted.json"
+STATE = "trainer_state.json"  # of a checkpoint
 WARMUP = 0.06  # of the steps: a rank's first gradients are of A = noise, B = 0
 
 
@@ -245,14 +246,25 @@ def _run(
 def _resumed(folder: Path) -> tuple[str | None, _Log]:
     """The last whole checkpoint, if there is one, and what was logged up to it.
 
-    The Trainer writes its state last: a checkpoint without it was cut off by a kill, and is deleted.
+    The Trainer writes its state last: a checkpoint without it was cut off by a kill, and is deleted. It names the best
+    one by its path, which is another where the folder was moved or is named from elsewhere; and where it finds nothing
+    there at the end, it saves the last epoch for the best. So the path is put right, and without the best all are
+    deleted.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: natural(path.name), reverse=True)
     for path in found:
         try:
-            state: dict[str, Any] = json.loads((path / "trainer_state.json").read_bytes())
-            return str(path), _Log(state["log_history"], state["global_step"])
-        except (OSError, ValueError):
+            state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+            log = _Log(state["log_history"], state["global_step"])
+            told = state["best_model_checkpoint"]
+            best = told and str(folder / Path(told).name)
+            if best and not (Path(best) / STATE).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            if best != told:
+                write_bytes(path / STATE, json.dumps(state | {"best_model_checkpoint": best}).encode())
+            return str(path), log
+        except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(path, ignore_errors=True)  # of several processes each tries
     return None, _Log([], 0)
 

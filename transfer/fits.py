@@ -111,15 +111,19 @@ def _here(
             found[one.name] = _fit(model, one, partial(progress, one.name))
         except LorazipError as error:
             found[one.name] = error
-        except (RuntimeError, OSError, EOFError) as error:  # memory, a disk, a damaged checkpoint
-            found[one.name] = _ended(one, f"training ended: {error}")
+        except (
+            Exception
+        ) as error:  # of memory, a disk, a damaged checkpoint: no one kind, and the others go on
+            found[one.name] = _ended(one, f"training ended: {type(error).__name__}: {error}")
     del model
     hf.free(device)
     return found
 
 
 def _ended(one: Fit, why: str) -> TransferError:
-    remedy = f"lower train.batch or train.rank; if it ends so again, delete {one.folder}"
+    full = "space" in why.lower() or "quota" in why.lower()
+    remedy = "make room on the disk" if full else "lower train.batch or train.rank"
+    remedy += f"; if it ends so again, delete {one.folder}"
     return TransferError(f"{one.name}: {printable(why)} ({remedy})")
 
 

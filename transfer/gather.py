@@ -65,21 +65,30 @@ def judges(move: Move) -> bool:
     return move.recipe.filter.kind in ("discriminator", "both")
 
 
+def judge_of(world: World, move: Move) -> discriminator.Discriminator:
+    """Its discriminator. Raises InputError: it is none, or one of another base."""
+    found = discriminator.read(Path(move.recipe.filter.discriminator))
+    if found.record.base != world.source.digest:
+        problem = "was trained on another base model than source.base"
+        raise InputError([Defect(found.adapter.name, problem=problem, remedy="train it on this one")])
+    return found
+
+
 def synthesise(world: World, moves: Sequence[Move]) -> None:
     """The first round, without a judge: what the generator writes can be looked at before more is asked of it."""
-    todo = pending(moves, "synthesise", lambda move: key(move, world, False))
-    some = _begun(todo, judged=False)
+    todo = pending(moves, "synthesise", lambda move: key(move, world, False), DRAFTS)
+    some = _begun(world, todo, judged=False)
     _write(world, some)
     for one in some:
         if one.move.failed is None:
-            one.move.write(DRAFTS, ({"input": text} for text in one.kept))
+            one.move.write(DRAFTS, key(one.move, world, False), ({"input": text} for text in one.kept))
             one.move.done("synthesise", key(one.move, world, False), one.counts())
 
 
 def gather(world: World, moves: Sequence[Move]) -> None:
     """All rounds, and retained prompts: the inputs that a teacher is asked."""
-    todo = pending(moves, "filter", lambda move: key(move, world, True))
-    some = _begun(todo, judged=True)
+    todo = pending(moves, "filter", lambda move: key(move, world, True), INPUTS)
+    some = _begun(world, todo, judged=True)
     for _ in range(max((m.recipe.inputs.rounds for m in todo), default=0)):
         going = [
             one
@@ -96,7 +105,7 @@ def gather(world: World, moves: Sequence[Move]) -> None:
                 _finish(world, one)
 
 
-def _begun(moves: Sequence[Move], judged: bool) -> list[_Gathering]:
+def _begun(world: World, moves: Sequence[Move], judged: bool) -> list[_Gathering]:
     found = []
     for move in moves:
         with move.guarded():
@@ -104,7 +113,7 @@ def _begun(moves: Sequence[Move], judged: bool) -> list[_Gathering]:
             screen = Screen([*move.seeds, *move.prompts])
             judge = None
             if judged and judges(move):
-                judge = discriminator.read(Path(move.recipe.filter.discriminator))
+                judge = judge_of(world, move)
             found.append(_Gathering(move, screen, judge))
     return found
 
@@ -168,11 +177,6 @@ def _judge(world: World, some: Sequence[_Gathering]) -> None:
         if one.judge is None or not one.fresh:
             continue
         with one.move.guarded():
-            if one.judge.record.base != world.source.digest:
-                problem = "was trained on another base model than source.base"
-                raise InputError(
-                    [Defect(one.judge.adapter.name, problem=problem, remedy="train it on this one")]
-                )
             name = f"discriminator/{one.move.name}"
             prompter = world.source.prompter(one.judge.record.template)
             asks.append(
@@ -207,6 +211,6 @@ def _finish(world: World, one: _Gathering) -> None:
     near = texts.overlap(one.kept, move.seeds)
     rows = [{"input": text, "kind": "synthetic"} for text in one.kept]
     rows += [{"input": text, "kind": "retained"} for text in move.prompts]
-    move.write(INPUTS, rows)
+    move.write(INPUTS, key(move, world, True), rows)
     figures = one.counts() | {"retained": len(move.prompts), "overlap": asdict(near)}
     move.done("filter", key(move, world, True), figures)

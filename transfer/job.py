@@ -25,10 +25,10 @@ from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.files import locked
 from lorazip.sources import open_adapters
-from lorazip.transfer import assess, discriminator, fits, gather, learn, probe, publish, teach, texts, warm
+from lorazip.transfer import assess, fits, gather, learn, probe, publish, teach, texts, warm
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.assess import Judged
-from lorazip.transfer.move import STAGES, STATE, Move, alive
+from lorazip.transfer.move import STAGES, STATE, Move, alive, pending
 from lorazip.transfer.recipe import Recipe
 from lorazip.transfer.world import World, located
 
@@ -202,8 +202,8 @@ def move(
     except OSError as error:
         raise TargetError(f"{folder} cannot be made: {error.strerror} (choose another --work)") from error
     with locked(folder):
-        for left in list(folder.rglob(f"{fits.SCRATCH}*")):  # of a job that was killed: texts as tokens
-            shutil.rmtree(left)
+        for one in moves:
+            _swept(one.work)
         cache = Cache(folder)
         try:
             world = World(
@@ -219,7 +219,7 @@ def move(
             judged = _stages(world, moves, until, force, accept_worse)
         finally:
             cache.close()
-        found = [*(_moved(move, judged.get(move.name)) for move in moves), *lost]
+        found = [*(_moved(move, judged.get(move.name), until) for move in moves), *lost]
         if purge:
             _purge(folder, [move for move in moves if move.name in judged])
     return found
@@ -242,6 +242,7 @@ def _stages(
         for move in moves:
             with move.guarded():
                 _check(world, move, skeleton)
+                _spare(world, move)
     for stage in STAGES[: STAGES.index(until) + 1]:
         if stage == "synthesise" and until != "synthesise":
             continue  # the filter's rounds begin with the same one
@@ -250,7 +251,8 @@ def _stages(
             continue
         for move in alive(moves):
             with move.guarded():
-                judged[move.name] = one = assess.judge(move.known("evaluate")["measure"], assess.read(move))
+                scored = assess.read(world, move)
+                judged[move.name] = one = assess.judge(move.known("evaluate")["measure"], scored)
                 if one.refused and not accept_worse:
                     raise TransferError(
                         f"{move.name}: refused: {one.refused}; nothing was written to {move.output} "
@@ -265,23 +267,30 @@ def _check(world: World, move: Move, skeleton: PreTrainedModel) -> None:
     source, target = move.recipe.prompting
     world.source.prompter(*source)
     world.target.prompter(*target)
+    extras = sorted(move.adapter.extras)
+    if extras:
+        problem = "is carried beside the LoRA factors, and would not act in what it teaches"
+        remedy = "a transfer takes adapters of factors alone: no DoRA, no modules_to_save, no trained bias"
+        raise InputError([Defect(move.name, "", extras[0], problem, remedy)])
     learn.shape_of(move.adapter, move.recipe.train, skeleton)
     if move.recipe.train.warm == "copy":
         warm.copied(move.adapter, world.target.path)
     gather.generator(move, world)
     if gather.judges(move):
-        discriminator.read(Path(move.recipe.filter.discriminator))
+        gather.judge_of(world, move)
     if move.recipe.gate.tests:
         assess.labelled(move)
 
 
 def _probe(world: World, moves: Sequence[Move]) -> None:
-    for move in alive(moves):
+    for move in pending(moves, "probe", lambda move: _probed(world, move)):
         with move.guarded():
-            key = recipes.digest("probe", move.digest, world.source.digest, world.target.digest)
-            if move.figures("probe", key) is None:
-                found = probe.probe(move.adapter, world.source.path, world.target.path, world.engine.device)
-                move.done("probe", key, found.document())
+            found = probe.probe(move.adapter, world.source.path, world.target.path, world.engine.device)
+            move.done("probe", _probed(world, move), found.document())
+
+
+def _probed(world: World, move: Move) -> str:
+    return recipes.digest("probe", move.digest, world.source.digest, world.target.digest)
 
 
 def _moves(
@@ -333,7 +342,7 @@ def _begun(recipe: Recipe, output: Path, folder: Path, many: bool) -> Move:
         adapter,
         digest(adapter),
         texts.read_seeds(Path(inputs.seeds)) if inputs.seeds else [],
-        texts.unseen(texts.read(Path(inputs.prompts)), []) if inputs.prompts else [],
+        texts.read(Path(inputs.prompts)) if inputs.prompts else [],
         folder / name if many else folder / "transfer",
         output / name if many else output,
     )
@@ -358,13 +367,39 @@ def open_one(path: str, name: str) -> HasFactors:
     return adapters[0]
 
 
-def _moved(move: Move, judged: Judged | None) -> Moved:
+def _swept(folder: Path) -> None:
+    """Without what processes that were killed left of texts, as tokens; nothing else is touched."""
+    for kind in (learn.FOLDER, learn.ORACLE):
+        for left in (folder / kind).glob(f"{fits.SCRATCH}*"):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+
+
+def _spare(world: World, move: Move) -> None:
+    """Say whose rows nobody will read: of what was refused and purged, the adapter and its scores are left."""
+    keys = {
+        "filter": gather.key(move, world, True),
+        "label": teach.key(move, world),
+        "train": learn.key(move, world),
+        "evaluate": assess.key(move, world),
+    }
+    done = {stage for stage, name in keys.items() if move.figures(stage, name) is not None}
+    scored = "evaluate" in done and move.holds(assess.SCORES, keys["evaluate"])
+    if {"filter", "label", "train"} <= done and (scored or move.recipe.gate.tests):
+        move.spared |= {"filter", "label"}
+    elif {"filter", "label"} <= done and move.holds(teach.LABELLED, keys["label"]):
+        move.spared |= {"filter"}
+
+
+def _moved(move: Move, judged: Judged | None, until: Stage) -> Moved:
+    """What became of it, by the stages that this run came to: the folder may hold others of older options."""
     stages = {}
-    for stage in STAGES:
-        try:
-            stages[stage] = move.known(stage)
-        except KeyError:
-            continue
+    try:
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            if stage in move.current:
+                stages[stage] = move.known(stage)
+    except LorazipError as error:
+        move.failed = move.failed or error
     written = move.failed is None and judged is not None
     return Moved(move.name, move.output if written else None, stages, judged, move.failed)
 
@@ -378,7 +413,8 @@ def _purge(folder: Path, moves: Sequence[Move]) -> None:
         if move.failed is None:
             shutil.rmtree(move.work)
         for name in (gather.DRAFTS, gather.INPUTS, teach.LABELLED):
-            (move.work / name).unlink(missing_ok=True)
+            for path in (move.work / name, *move.work.glob(f".{name}*")):  # what a kill left of one, too
+                path.unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         folder.joinpath(FILE + suffix).unlink(missing_ok=True)
     if not any(folder.iterdir()):

@@ -33,7 +33,8 @@ FOLDER, ORACLE = "training", "oracle"
 def key(move: Move, world: World) -> str:
     """What the new adapter depends on."""
     r = move.recipe
-    told = [asdict(r.train), r.prompting[1], r.filter.kind, r.filter.keep_tokens, r.inputs.seed]
+    tokens = r.filter.keep_tokens if r.filter.kind in ("excess", "both") else None
+    told = [asdict(r.train), r.prompting[1], r.filter.kind, tokens, r.inputs.seed]
     return digest("train", teach.key(move, world), told, world.target.digest)
 
 
@@ -44,9 +45,10 @@ def train(world: World, moves: Sequence[Move]) -> None:
         return
     skeleton = hf.skeleton(world.target.path)
     planned: dict[str, Fit] = {}
+    counts: dict[str, int] = {}
     for move in todo:
         with move.guarded():
-            planned[move.name] = _fit(world, move, skeleton)
+            planned[move.name], counts[move.name] = _fit(world, move, skeleton)
     if not planned:
         return
     done = fit_all(world, list(planned.values()))
@@ -68,6 +70,8 @@ def train(world: World, moves: Sequence[Move]) -> None:
                 "rank": one.shape.rank,
                 "alpha": one.shape.alpha,
                 "modules": len(one.shape.modules),
+                "too_long": counts[move.name],
+                "not_in_target": lost_kinds(move.adapter, move.recipe.train, skeleton),
             }
             move.done("train", key(move, world), figures)
 
@@ -84,18 +88,32 @@ def fit_all(world: World, some: Sequence[Fit]) -> dict[str, Fitted | LorazipErro
     )
 
 
-def _fit(world: World, move: Move, skeleton: PreTrainedModel) -> Fit:
-    labelled = teach.read(move)
-    return Fit(
+def _fit(world: World, move: Move, skeleton: PreTrainedModel) -> tuple[Fit, int]:
+    """What is trained, and how many answers are too long for it.
+
+    Raises:
+        TransferError: too few are not.
+    """
+    labelled = teach.read(world, move)
+    train, held_out = (samples(world, move, labelled, part) for part in (TRAIN, HELD_OUT))
+    long = sum(one.part in (TRAIN, HELD_OUT) for one in labelled) - len(train) - len(held_out)
+    if not train or not held_out:
+        raise TransferError(
+            f"{move.name}: {long} answers are too long with their inputs for the target base, which takes "
+            f"{world.target.context} tokens; {len(train)} are left to train on and {len(held_out)} to hold out "
+            "(shorter inputs, or a lower label.new_tokens)"
+        )
+    fit = Fit(
         move.name,
-        samples(world, move, labelled, TRAIN),
-        samples(world, move, labelled, HELD_OUT),
+        train,
+        held_out,
         shape_of(move.adapter, move.recipe.train, skeleton),
         move.recipe.train,
         folder(move, world),
         move.recipe.inputs.seed,
         _start(world, move),
     )
+    return fit, long
 
 
 def folder(move: Move, world: World) -> Path:
@@ -122,8 +140,16 @@ def shape_of(adapter: HasFactors, spec: Training, model: PreTrainedModel) -> Sha
     return Shape(spec.kind, rank, spec.alpha or 2 * rank, slots.modules_of(model, leaves))
 
 
+def lost_kinds(adapter: HasFactors, spec: Training, model: PreTrainedModel) -> list[str]:
+    """Kinds of modules that the source adapts and the target does not have; none where the recipe names modules."""
+    there = {slots.leaf(n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return [] if spec.modules else sorted({slots.leaf(m) for m in adapter.modules} - there)
+
+
 def samples(world: World, move: Move, labelled: Sequence[Labelled], part: str) -> list[Sample]:
     """The expert's answers in the target's tokens; of the filter's choice of tokens, only what is trained on.
+
+    Equal tokenizers may differ in which token ends an answer: for the loss on logits the two change places.
 
     Raises:
         InputError: the loss on logits is asked for and the tokenizers differ.
@@ -133,19 +159,27 @@ def samples(world: World, move: Move, labelled: Sequence[Labelled], part: str) -
     if logits and world.source.tokenizer.get_vocab() != world.target.tokenizer.get_vocab():
         problem, remedy = "needs equal tokenizers, and these differ", 'give train.loss = "labels"'
         raise InputError([Defect('train.loss = "logits"', problem=problem, remedy=remedy)])
+    ends = world.source.prompter(*move.recipe.prompting[0]).end, prompter.end
+
+    def ended(token: int) -> int:
+        return dict(zip(ends, reversed(ends), strict=True)).get(token, token)
+
     found = []
     for one in labelled:
         if one.part != part or part == ASIDE:
             continue
         prompt = prompter.prompt(task_of(move), Example(one.input, one.output, ()))
-        answer = one.tokens if logits else prompter.answer(one.output)
+        answer = tuple(map(ended, one.tokens)) if logits else prompter.answer(one.output)
         if len(prompt) + len(answer) > world.target.context:
             continue
         trained = (True,) * len(answer)
         if one.excess and part == TRAIN:
             values = _carried(world, prompter, one, answer)
             trained = excess.best_tokens(values, move.recipe.filter.keep_tokens)
-        found.append(Sample(prompt, answer, trained, one.tops))
+        tops = one.tops
+        if tops is not None:
+            tops = replace(tops, tokens=tuple(tuple(map(ended, place)) for place in tops.tokens))
+        found.append(Sample(prompt, answer, trained, tops))
     return found
 
 

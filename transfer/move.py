@@ -1,8 +1,9 @@
 """One adapter on its way: what goes in, the folder of its stages, and what each of them came to.
 
 A stage's result is named by a digest of all that it depends on, the digest of the stage before among it. It is found
-again by that name, so a killed job goes on where it stopped, and a changed option redoes what depends on it and nothing
-else.
+again by that name, so a killed job goes on where it stopped, and a changed option redoes what depends on it. A file of
+rows has that name in its first line: of two runs with other options the second may have been killed between the file
+and the word that the stage is done.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Move:
         work: folder of its stages.
         output: where the result goes.
         failed: why it stopped; None while all is well.
+        spared: stages whose rows nobody will read in this run, for what was made of them is there.
+        current: stages that this run did, or found done.
     """
 
     name: str
@@ -47,7 +50,8 @@ class Move:
     work: Path
     output: Path
     failed: LorazipError | None = None
-    fresh: set[str] = field(default_factory=set)
+    spared: set[str] = field(default_factory=set)
+    current: set[str] = field(default_factory=set)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -66,7 +70,7 @@ class Move:
         """Keep what a stage came to. Its files are on disk already."""
         state = self._state() | {stage: {"key": key, "figures": figures}}
         write_bytes(self.work / STATE, (json.dumps(state, indent=1) + "\n").encode())
-        self.fresh.add(stage)
+        self.current.add(stage)
 
     def known(self, stage: str) -> dict[str, Any]:
         """What a stage came to, that this run has brought up to date."""
@@ -82,27 +86,56 @@ class Move:
             raise TargetError(f"{self.work / STATE} cannot be read: {error} (delete the folder)") from error
         return found if isinstance(found, dict) else {}
 
-    def write(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows as JSON lines in the folder."""
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    def write(self, name: str, key: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows as JSON lines in the folder, after a line with their key."""
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ({"key": key}, *rows))
         write_bytes(self.work / name, data.encode("utf-8", "surrogatepass"))
 
-    def read(self, name: str) -> list[dict[str, Any]]:
-        """Rows that `write` wrote. Raises TargetError."""
+    def holds(self, name: str, key: str) -> bool:
+        """Whether `write` wrote rows of this key, and nothing since."""
         try:
-            text = (self.work / name).read_bytes().decode("utf-8", "surrogatepass")
-            return [json.loads(line) for line in text.split("\n") if line]
+            with (self.work / name).open("rb") as file:
+                return bool(json.loads(file.readline(1024)) == {"key": key})
+        except (OSError, ValueError):
+            return False
+
+    def read(self, name: str, key: str) -> list[dict[str, Any]]:
+        """Rows that `write` wrote. Raises TargetError."""
+        path, rows = self.work / name, []
+        try:
+            rows = [
+                json.loads(line)
+                for line in path.read_bytes().decode("utf-8", "surrogatepass").split("\n")
+                if line
+            ]
         except (OSError, ValueError) as error:
-            raise TargetError(f"{self.work / name} cannot be read: {error} (delete the folder)") from error
+            raise self.damaged(name, str(error)) from error
+        if not rows or rows[0] != {"key": key} or not all(isinstance(row, dict) for row in rows):
+            raise self.damaged(name, "it holds other rows than were written")
+        return rows[1:]
+
+    def damaged(self, name: str, why: str) -> TargetError:
+        """A file of rows is not what was written; without it the next run makes it again."""
+        return TargetError(f"{self.work / name} cannot be read: {why} (delete it, and run again)")
 
 
-def pending(moves: Iterable[Move], stage: str, key: Callable[[Move], str]) -> list[Move]:
-    """Those that go on and whose stage has to be done; one whose key cannot be made fails."""
+def pending(
+    moves: Iterable[Move], stage: str, key: Callable[[Move], str], file: str | None = None
+) -> list[Move]:
+    """Those that go on and whose stage has to be done; one whose key cannot be made fails.
+
+    Args:
+        file: of its rows; where these are gone or others, the stage is done again, unless it is spared.
+    """
     found = []
     for move in alive(moves):
         with move.guarded():
-            if move.figures(stage, key(move)) is None:
+            name = key(move)
+            done = move.figures(stage, name) is not None
+            if not done or not (file is None or stage in move.spared or move.holds(file, name)):
                 found.append(move)
+            else:
+                move.current.add(stage)
     return found
 
 

@@ -105,7 +105,11 @@ def write(world: World, move: Move, judged: Judged, force: bool) -> None:
             config = json.loads((trained / CONFIG_FILE).read_bytes())
             config |= {"base_model_name_or_path": shown(world.target.name), "inference_mode": True}
             write_bytes(fresh / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-            write_bytes(fresh / WEIGHTS_FILE, (trained / WEIGHTS_FILE).read_bytes())
+            weights = write_bytes(fresh / WEIGHTS_FILE, (trained / WEIGHTS_FILE).read_bytes())
+            if weights.sha256 != move.known("evaluate")["weights_sha256"]:
+                raise TargetError(
+                    f"{trained}: it is not the adapter that was evaluated (delete {trained.parent})"
+                )
             record = document(world, move, judged)
             write_bytes(fresh / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
             write_bytes(fresh / CARD, _rendered("transfer_card.md.j2", record, judged).encode())

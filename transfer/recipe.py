@@ -67,7 +67,7 @@ class Inputs:
     Attributes:
         definition: the instruction that goes before every input, where there is one.
         seeds: file of example inputs (JSON lines with "input", or plain lines); five or more to synthesise from.
-        prompts: file of retained inputs, unlabelled; they are used as they are.
+        prompts: file of retained inputs, unlabelled; used as they are, equal ones once.
         count: inputs to synthesise, after filtering. 0 with prompts: none.
         generator: who writes new inputs: the `target` base, the `source` base, the source `expert` (base and adapter),
             or another model.
@@ -202,6 +202,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: it cannot be read, or is no TOML.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} cannot be read as a recipe: it is no file")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -235,6 +237,7 @@ PATHS = {
     "filter": ("discriminator",),
     "gate": ("tests",),
 }
+TEXTS = (("inputs", "definition"),)  # keys whose values no message repeats
 HUB = ("base", "adapter", "generator")  # keys that may name something on the Hub
 
 
@@ -249,10 +252,10 @@ def overridden(tables: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
         place, equals, value = text.partition("=")
         table, dot, key = place.partition(".")
         if not (equals and dot and table and key):
-            raise UsageError(f"{printable(text)!r} is no TABLE.KEY=VALUE (for example train.rank=16)")
-        try:
-            parsed: Any = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+            raise UsageError(f"{printable(place)!r}=… is no TABLE.KEY=VALUE (for example train.rank=16)")
+        try:  # in brackets, so that what TOML takes for a comment is text all the same
+            (parsed,) = tomllib.loads(f"value = [{value}]")["value"]
+        except (tomllib.TOMLDecodeError, ValueError):
             parsed = value
         inside = found.setdefault(table, {})
         if isinstance(inside, dict):
@@ -308,7 +311,8 @@ def _section(name: str, kind: Any, table: Mapping[str, Any], wrong: list[str]) -
         try:
             values[key] = _value(types_of[key], value)
         except TypeError as error:
-            wrong.append(f"{name}.{key} {error}, not {printable(repr(value))}")
+            told = "what it is" if (name, key) in TEXTS else printable(repr(value))
+            wrong.append(f"{name}.{key} {error}, not {told}")
     return kind(**values)
 
 

@@ -60,19 +60,19 @@ def task_of(move: Move, examples: Sequence[Example] = (), shots: Sequence[Exampl
 def key(move: Move, world: World) -> str:
     """What the answers depend on."""
     r = move.recipe
-    filtered = [r.filter.kind in ("excess", "both"), r.filter.keep_samples]
-    told = [asdict(r.label), filtered, r.prompting[0], r.train.held_out, bool(r.gate.tests), r.inputs.seed]
-    logits = r.train.loss == "logits"
+    filtered = r.filter.keep_samples if _filtered(move) else None
+    logits = r.label.top_k if r.train.loss == "logits" else None
+    told = [r.label.new_tokens, filtered, r.prompting[0], r.train.held_out, bool(r.gate.tests), r.inputs.seed]
     return digest("label", gather.key(move, world, True), told, logits, move.digest, world.source.digest)
 
 
 def label(world: World, moves: Sequence[Move]) -> None:
     """Ask the expert of every transfer, and keep the answers that end."""
-    todo = pending(moves, "label", lambda move: key(move, world))
+    todo = pending(moves, "label", lambda move: key(move, world), LABELLED)
     asks, inputs, questions = [], {}, {}
     for move in todo:
         with move.guarded():
-            inputs[move.name] = [row["input"] for row in move.read(INPUTS)]
+            inputs[move.name] = _inputs(world, move)
             questions[move.name] = _questions(world, move, inputs[move.name])
             asks.append(Ask(move.name, {_expert(move): move.adapter}, questions[move.name]))
     answers = world.ask(world.source, asks, "the expert answers")
@@ -83,7 +83,8 @@ def label(world: World, moves: Sequence[Move]) -> None:
             if isinstance(got, LorazipError):
                 raise got
             limits = [call.limit for call in questions[move.name]]
-            kept[move.name], counts[move.name] = _ended(move, inputs[move.name], limits, got)
+            end = _prompter(world, move).end
+            kept[move.name], counts[move.name] = _ended(move, inputs[move.name], limits, end, got)
             asks.append(Ask(move.name, {_expert(move): move.adapter}, _scoring(world, move, kept[move.name])))
     answers = world.ask(world.source, asks, "weighing answers")
     for move in alive(todo):
@@ -92,27 +93,31 @@ def label(world: World, moves: Sequence[Move]) -> None:
             if isinstance(got, LorazipError):
                 raise got
             found = _chosen(move, _scored(move, kept[move.name], got))
-            move.write(LABELLED, (_row(one) for one in found))
+            move.write(LABELLED, key(move, world), map(asdict, found))
             parts = dict(Counter(one.part for one in found))
             move.done("label", key(move, world), {"answers": counts[move.name], "parts": parts})
 
 
-def read(move: Move) -> list[Labelled]:
-    """What `label` wrote."""
-    found = []
-    for row in move.read(LABELLED):
-        tops = row["tops"]
-        if tops is not None:
-            tops = Tops(
-                *(tuple(tuple(place) for place in row["tops"][name]) for name in ("tokens", "logprobs"))
-            )
-        values = row | {"tokens": tuple(row["tokens"]), "excess": tuple(row["excess"]), "tops": tops}
-        found.append(Labelled(**values))
-    return found
+def read(world: World, move: Move) -> list[Labelled]:
+    """What `label` wrote. Raises TargetError."""
+    try:
+        return [_labelled(row) for row in move.read(LABELLED, key(move, world))]
+    except (KeyError, TypeError) as error:
+        raise move.damaged(LABELLED, "a row of it is no answer") from error
 
 
-def _row(one: Labelled) -> dict[str, Any]:
-    return asdict(one)
+def _labelled(row: dict[str, Any]) -> Labelled:
+    tops = row["tops"]
+    if tops is not None:
+        tops = Tops(*(tuple(tuple(place) for place in tops[name]) for name in ("tokens", "logprobs")))
+    return Labelled(**row | {"tokens": tuple(row["tokens"]), "excess": tuple(row["excess"]), "tops": tops})
+
+
+def _inputs(world: World, move: Move) -> list[str]:
+    try:
+        return [row["input"] for row in move.read(INPUTS, gather.key(move, world, True))]
+    except KeyError as error:
+        raise move.damaged(INPUTS, "a row of it is no input") from error
 
 
 def _expert(move: Move) -> str:
@@ -139,13 +144,13 @@ def _questions(world: World, move: Move, inputs: Sequence[str]) -> list[Greedy]:
 
 
 def _ended(
-    move: Move, inputs: Sequence[str], limits: Sequence[int], answers: Sequence[Answer]
+    move: Move, inputs: Sequence[str], limits: Sequence[int], end: int, answers: Sequence[Answer]
 ) -> tuple[list[tuple[str, Written]], dict[str, int]]:
     """Inputs and answers that end and say something, and how many of each kind there were."""
     found, counts = [], Counter(kept=0, unfinished=0, empty=0)
     for text, limit, answer in zip(inputs, limits, answers, strict=True):
         assert isinstance(answer, Written)
-        if len(answer.tokens) >= limit:
+        if len(answer.tokens) >= limit and answer.tokens[-1] != end:
             counts["unfinished"] += 1
         elif not answer.text.strip():
             counts["empty"] += 1
@@ -174,7 +179,9 @@ def _scoring(world: World, move: Move, kept: Sequence[tuple[str, Written]]) -> l
         if _filtered(move):
             found += [Forced(expert, prompt, answer.tokens), Forced(None, prompt, answer.tokens)]
         if move.recipe.train.loss == "logits":
-            found.append(Ranked(expert, prompt, answer.tokens, move.recipe.label.top_k))
+            # More than the vocabulary has cannot be asked for; that many are all.
+            k = min(move.recipe.label.top_k, len(world.source.tokenizer))
+            found.append(Ranked(expert, prompt, answer.tokens, k))
     return found
 
 

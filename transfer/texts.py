@@ -25,6 +25,8 @@ def read(path: Path) -> list[str]:
     Raises:
         InputError: naming the line, never its text.
     """
+    if path.suffix in (".txt", ".jsonl") and not path.is_file():
+        raise _defect(path, "does not exist or is no file", "check the path")
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() splits at U+2028 too
@@ -33,8 +35,6 @@ def read(path: Path) -> list[str]:
             raise _defect(path, f"cannot be read: {reason}", "check the path") from error
         found = [line.strip() for line in lines if line.strip()]
     elif path.suffix == ".jsonl":
-        if not path.is_file():
-            raise _defect(path, "does not exist or is no file", "check the path")
         found = []
         for number, row in rows.lines(path):
             text = row.get("input")

@@ -113,7 +113,10 @@ class World:
                     continue
                 actings.append(Acting(key, adapter, getattr(adapter, "directory", None), digest(adapter)))
                 answer = mine.answer if isinstance(mine, Forced) else ()
-                canaries.append((*mine.prompt, *answer))
+                tokens = (*mine.prompt, *answer)
+                canaries.append(
+                    tokens if len(tokens) > 1 else tokens * 2
+                )  # it is shown one, and scores the next
         longest = max((_length(call) for one in asks for call in one.calls), default=1)
         with Session(
             base.path, base.tokenizer, actings, canaries, self.engine, self.cache, longest, self.progress

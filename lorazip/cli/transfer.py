@@ -41,7 +41,7 @@ def _options(function: _Command) -> _Command:
             click.option("--target-base", metavar="MODEL", help="Base model to move it to."),
             click.option("--definition", metavar="TEXT", help="Instruction that goes before every input."),
             click.option("--seeds", metavar="FILE", help="Five or more example inputs (JSON lines or .txt)."),
-            click.option("--prompts", metavar="FILE", help="Retained inputs without answers, used as they are."),
+            click.option("--prompts", metavar="FILE", help="Retained inputs without answers; equal ones count once."),
             click.option("--count", type=int, metavar="N", help="Synthetic inputs. Default: 250."),
             click.option("--filter", "kind", type=click.Choice(["none", "discriminator", "excess", "both"]),
                          help="Which inputs and answers are trained on. Default: none."),
@@ -166,6 +166,15 @@ def _show(one: job.Moved, until: str) -> None:
             f"{fitted['rank']}, learning rate {fitted['learning_rate']:g}: held-out error {errors[0]:.3f} -> "
             f"{errors[fitted['best']]:.3f} (epoch {fitted['best']}), {units.duration(fitted['seconds'])}"
         )
+        if fitted["too_long"]:
+            click.echo(
+                f"  {units.counted(fitted['too_long'], 'answer')} too long for the target base, left out"
+            )
+        if fitted["not_in_target"]:
+            missing = ", ".join(fitted["not_in_target"])
+            click.echo(
+                f"  not adapted, for the target base has no such modules: {missing} (see train.modules)"
+            )
     if one.judged is not None:
         _show_gate(one)
     if one.output is not None:
@@ -186,6 +195,8 @@ def _show_gate(one: job.Moved) -> None:
     )
     if judged.to_expert is not None:
         click.echo(f"  against the source adapter: {render.interval(judged.to_expert, '+')} points")
+    if one.stages["evaluate"]["no_oracle"]:
+        click.echo(f"  no oracle: {one.stages['evaluate']['no_oracle']}")
     if judged.retention is not None:
         click.echo(f"  of the oracle's gain: {render.interval(judged.retention)} %")
     if judged.refused:

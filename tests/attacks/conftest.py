@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from faults import SHAPES
+from handmade import MakeAdapter
 from nursery import Nursery
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 
 @pytest.fixture(scope="session")

@@ -13,19 +13,17 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorazip import peft_format
 from lorazip.errors import InputError
 from lorazip.sources import open_adapters, resolve
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A = f"base_model.model.{MODULE}.lora_A.weight"

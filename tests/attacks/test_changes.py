@@ -7,9 +7,9 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from faults import FULL, JOINT, assert_refused, assert_whole, content, every_step, names
 from nursery import Nursery
 
 from lorazip import files as files_module
@@ -17,11 +17,6 @@ from lorazip.adapter import open_adapter
 from lorazip.bundle import Bundle
 from lorazip.errors import TargetError
 from lorazip.files import locked, write_bytes
-
-if TYPE_CHECKING:
-    pass
-
-from faults import FULL, JOINT, assert_refused, assert_whole, content, every_step, names
 
 
 def test_add_killed_anywhere_keeps_the_bundle(

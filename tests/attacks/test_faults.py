@@ -14,14 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from faults import BOTH, FULL, JOINT, SHAPES, ZOO, assert_refused, assert_whole, content, every_step, names
+from handmade import MakeAdapter
 from nursery import Nursery
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 
 @BOTH

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from safetensors.torch import load_file, save_file
 
 import lorazip
@@ -17,9 +17,6 @@ from lorazip.edit import remove
 from lorazip.errors import BundleError, CodecError, UsageError
 from lorazip.export import export
 from lorazip.manifest import dumps, loads
-
-if TYPE_CHECKING:
-    from conftest import MakeAdapter
 
 
 @pytest.fixture

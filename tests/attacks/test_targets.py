@@ -8,15 +8,10 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from nursery import Nursery
-
-if TYPE_CHECKING:
-    pass
-
 from faults import FULL, assert_refused, assert_whole, content, names
+from nursery import Nursery
 
 
 def test_two_runs_at_once_on_one_target(nursery: Nursery, zoo: Path, tmp_path: Path) -> None:

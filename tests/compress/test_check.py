@@ -6,18 +6,15 @@ import json
 from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from handmade import MakeAdapter
 from safetensors.torch import load_file, save_file
 
 from lorazip import Bundle, Spec
 from lorazip.compress import check, job
 from lorazip.sources import open_adapters
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 CPU = torch.device("cpu")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from handmade import MakeAdapter
 
 import lorazip
 from lorazip import Bundle, Spec
 from lorazip.compress import encode, job, partial
 from lorazip.errors import CodecError, InputError, TargetError, UsageError
 from lorazip.sources import open_adapters
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 MODULES = {"a.q_proj": (24, 20), "a.v_proj": (8, 20), "b.q_proj": (24, 20)}
 

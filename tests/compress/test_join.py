@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 
 from lorazip import Bundle, LowRank, Spec
 from lorazip.compress import check, job, join
 from lorazip.errors import InputError, UsageError
 from lorazip.sources import fingerprint, open_adapters
 from lorazip.terms import shared_indices
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 Q, V, UP = "l.0.q_proj", "l.0.v_proj", "l.0.up_proj"
 MODULES = {Q: (24, 20), V: (8, 20)}

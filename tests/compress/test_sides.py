@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden import reader
+from handmade import MakeAdapter
 from hypothesis import given
 from hypothesis import strategies as st
 from planned import task
@@ -41,11 +43,6 @@ from lorazip.compress.spec import Spec
 from lorazip.errors import CodecError
 from lorazip.manifest import pack_term
 from lorazip.sources import Inputs, open_adapters
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.conftest import MakeAdapter
 
 SPEC = Spec(ratio=4.0, device="cpu")
 BOTH = Bases(Basis(4, 3), Basis(4, 2))
@@ -295,9 +292,7 @@ ODD = {"a.q_proj": (70, 130), "b.narrow": (9, 33), "c.thin": (1, 5)}
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of ranks 1 to 7, tiny and huge, without modules, with zeros; three from one random A."""
-    from conftest import MakeAdapter
-
-    make: MakeAdapter = MakeAdapter(tmp_path_factory.mktemp("odd"))
+    make = MakeAdapter(tmp_path_factory.mktemp("odd"))
     for i, name in enumerate(("ant", "bee", "cat")):
         make(f"zoo/{name}", modules=ODD, rank=4, seed=i, a_seed=99)
     make("zoo/elk", modules=ODD, rank={"a.q_proj": 7, "b.narrow": 5, "c.thin": 1}, dtype=torch.bfloat16)

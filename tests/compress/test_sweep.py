@@ -6,10 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from handmade import MakeAdapter
 
 from lorazip.bundle import Bundle
 from lorazip.compress import job, planning, sweep
@@ -18,9 +19,6 @@ from lorazip.compress.sweep import Frontier, Judgement, Point
 from lorazip.compress.sweep_plot import plot
 from lorazip.errors import TargetError, UsageError
 from lorazip.sources import Inputs
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 MODULES = {"a.q_proj": (96, 160), "a.k_proj": (48, 160), "b.q_proj": (96, 160), "b.k_proj": (48, 160)}

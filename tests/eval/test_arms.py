@@ -6,9 +6,10 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
+from handmade import MakeAdapter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +19,6 @@ from lorazip.errors import BundleError, InputError, UsageError
 from lorazip.eval import arms
 from lorazip.eval.arms import Pair, Team
 from lorazip.eval.results import LeftOut
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 
 def team(name: str, adapters: Iterable[str]) -> Team:

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import tiny
+from handmade import MakeAdapter
 
 import lorazip
 from lorazip import Spec
@@ -19,9 +20,6 @@ from lorazip.cli import main
 from lorazip.errors import InputError
 from lorazip.eval import base as bases
 from lorazip.eval import job, session
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 MODEL = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import MakeAdapter
+from handmade import MakeAdapter
 from torch import nn
 
 from lorazip.adapter import LowRank, open_adapter

@@ -15,11 +15,12 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from golden import reader
+from handmade import MakeAdapter
 
 import lorazip
 from lorazip import manifest as manifests
@@ -29,9 +30,6 @@ from lorazip.files import Entry, write_bytes, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.sources import fingerprint
 from lorazip.terms import Core, Form, Own, Shared, Side, Slot, Term, own_slots, shared_slots
-
-if TYPE_CHECKING:
-    from tests.conftest import MakeAdapter
 
 SIDES: tuple[Side, Side] = ("left", "right")
 Streams = dict[str, list[float]]
@@ -334,8 +332,6 @@ def adapters(make: MakeAdapter) -> list[Path]:
 
 
 def main(target: Path, which: str) -> None:
-    from conftest import MakeAdapter
-
     target.mkdir(parents=True)  # fails when it is there: old fixtures are never made again
     by_hand, compressed = SETS[which]
     for write in by_hand:

@@ -234,7 +234,7 @@ def test_settings_override_the_file() -> None:
             "train.rank=16",
             "train.learning_rates=[1e-4, 2e-4]",
             "train.modules=['q_proj']",
-            "inputs.definition=Say it: a=b",
+            'inputs.definition="Say" # of: a=b',
             'source.name="12"',
             "source.template={input}=",
             "target.chat=true",
@@ -243,7 +243,7 @@ def test_settings_override_the_file() -> None:
         ],
     )
     assert found["train"] == {"rank": 16, "learning_rates": [1e-4, 2e-4], "modules": ["q_proj"]}
-    assert found["inputs"] == {"seeds": "", "definition": "Say it: a=b"}
+    assert found["inputs"] == {"seeds": "", "definition": '"Say" # of: a=b'}
     assert found["source"]["name"] == "12" and found["source"]["template"] == "{input}="
     assert found["target"]["chat"] is True and found["filter"] == {"kind": "none"}
     assert file == tables(train__rank=4)  # a copy
@@ -256,6 +256,14 @@ def test_settings_override_the_file() -> None:
 def test_setting_of_another_form_is_refused(setting: str) -> None:
     with pytest.raises(UsageError, match=r"TABLE\.KEY=VALUE"):
         recipes.overridden({}, [setting])
+
+
+def test_a_definition_is_never_repeated() -> None:
+    with pytest.raises(UsageError) as refused:
+        recipes.overridden({}, ["definition=SECRET"])
+    assert "SECRET" not in str(refused.value) and "definition" in str(refused.value)
+    (said,) = complaints(tables(inputs__definition=["SECRET"]))
+    assert said.startswith("inputs.definition must be a text") and "SECRET" not in said
 
 
 def test_paths_are_relative_to_the_recipe_and_hub_ids_stay(

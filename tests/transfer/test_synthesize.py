@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import MakeAdapter
+from handmade import MakeAdapter
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -67,7 +67,7 @@ class School:
         object.__setattr__(world, "asked", [])
         return world
 
-    def move(self, some: Sequence[str], **tables: dict[str, Any]) -> Move:
+    def move(self, world: Scripted, some: Sequence[str], **tables: dict[str, Any]) -> Move:
         least = {
             "source": {"base": "old", "adapter": "ant", "template": tiny.TEMPLATE},
             "target": {"base": "new"},
@@ -77,13 +77,18 @@ class School:
         move = Move(
             "ant", parsed, self.adapter, digest(self.adapter), [], list(some), self.root, self.root / "out"
         )
-        move.write(gather.INPUTS, ({"input": text, "kind": "retained"} for text in some))
+        rows = ({"input": text, "kind": "retained"} for text in some)
+        move.write(gather.INPUTS, gather.key(move, world, True), rows)
         return move
 
     def label(self, script: Script, some: Sequence[str], **tables: dict[str, Any]) -> tuple[Move, Scripted]:
-        world, move = self.world(script), self.move(some, **tables)
+        world = self.world(script)
+        move = self.move(world, some, **tables)
         teach.label(world, [move])
         return move, world
+
+    def read(self, move: Move) -> list[Labelled]:
+        return teach.read(self.world(plainly), move)
 
 
 @pytest.fixture
@@ -134,7 +139,7 @@ def test_expert_is_asked_every_input_in_its_own_prompt(school: School) -> None:
     move, world = school.label(plainly, inputs(10), filter={"kind": "none"}, label={"new_tokens": 9})
     assert move.failed is None
     assert world.asked == [Greedy("expert/ant", tiny.encode(f"{text}="), 9) for text in inputs(10)]
-    labelled = teach.read(move)
+    labelled = school.read(move)
     assert [(one.input, one.output, one.tokens) for one in labelled] == [
         (text, f"a{text[1:]}", answer_of(text)) for text in inputs(10)
     ]
@@ -144,7 +149,7 @@ def test_expert_is_asked_every_input_in_its_own_prompt(school: School) -> None:
 @pytest.mark.parametrize("n", [4, 7, 40, 101])
 def test_shares_of_the_parts(school: School, n: int) -> None:
     move, _ = school.label(plainly, inputs(n), filter={"kind": "none"}, train={"held_out": 0.25})
-    found = parts(teach.read(move))
+    found = parts(school.read(move))
     tested = max(2, round(0.2 * n))
     held = max(1, round(0.25 * (n - tested)))
     assert {part: len(some) for part, some in found.items()} == {
@@ -158,9 +163,9 @@ def test_shares_of_the_parts(school: School, n: int) -> None:
 def test_filter_keeps_the_best_and_does_not_choose_its_test(school: School) -> None:
     n = 50
     bare, _ = school.label(plainly, inputs(n), filter={"kind": "none"})
-    test = parts(teach.read(bare))[TEST]
+    test = parts(school.read(bare))[TEST]
     move, world = school.label(plainly, inputs(n), filter={"kind": "excess", "keep_samples": 0.3})
-    labelled = teach.read(move)
+    labelled = school.read(move)
     found = parts(labelled)
     assert found[TEST] == test
     rest = sorted(set(inputs(n)) - test, key=gain, reverse=True)
@@ -180,28 +185,28 @@ def test_filter_keeps_the_best_and_does_not_choose_its_test(school: School) -> N
         filter={"kind": "excess"},
         label={"new_tokens": 63},
     )
-    assert parts(teach.read(other))[TEST] == test
+    assert parts(school.read(other))[TEST] == test
 
 
 def test_parts_are_a_function_of_the_seed(school: School, base: Base, ant: Path, tmp_path: Path) -> None:
-    one = teach.read(school.label(plainly, inputs(40))[0])
+    one = school.read(school.label(plainly, inputs(40))[0])
     again = School(base, ant, tmp_path / "again")
     (tmp_path / "again").mkdir()
-    assert teach.read(again.label(plainly, inputs(40))[0]) == one
-    other = teach.read(school.label(plainly, inputs(40), inputs=PROMPTS | {"seed": 1})[0])
+    assert school.read(again.label(plainly, inputs(40))[0]) == one
+    other = school.read(school.label(plainly, inputs(40), inputs=PROMPTS | {"seed": 1})[0])
     assert parts(other)[TEST] != parts(one)[TEST]
 
 
 def test_with_a_labelled_test_no_answer_is_held_back_for_one(school: School) -> None:
     move, _ = school.label(plainly, inputs(20), filter={"kind": "none"}, gate={"tests": "t.jsonl"})
-    found = parts(teach.read(move))
+    found = parts(school.read(move))
     assert (len(found[TEST]), len(found[HELD_OUT]), len(found[TRAIN])) == (0, 2, 18)
 
 
 def test_logits_bring_the_likeliest_tokens(school: School) -> None:
     tables: dict[str, dict[str, Any]] = {"train": {"loss": "logits"}, "label": {"top_k": 2}}
     move, world = school.label(plainly, inputs(8), filter={"kind": "excess"}, **tables)
-    for one in teach.read(move):
+    for one in school.read(move):
         assert one.tops == Tops(tuple((token, 0) for token in one.tokens), ((-0.1, -math.inf),) * 5)
         assert len(one.excess) == 5
     assert {call.k for call in world.asked if isinstance(call, Ranked)} == {2}
@@ -218,7 +223,7 @@ def test_unfinished_and_empty_answers_are_counted(school: School) -> None:
 
     move, _ = school.label(script, inputs(20), filter={"kind": "none"}, label={"new_tokens": 9})
     assert move.known("label")["answers"] == {"kept": 7, "unfinished": 7, "empty": 6}
-    assert Counter(one.input for one in teach.read(move)) == Counter(inputs(20)[::3])
+    assert Counter(one.input for one in school.read(move)) == Counter(inputs(20)[::3])
 
 
 def test_answer_cut_by_the_context_is_unfinished(school: School) -> None:
@@ -265,4 +270,4 @@ def test_input_without_room_for_an_answer_ends_the_transfer(school: School) -> N
 def test_what_is_labelled_is_not_asked_again(school: School) -> None:
     school.label(plainly, inputs(9))
     move, world = school.label(plainly, inputs(9))
-    assert world.asked == [] and len(teach.read(move)) == 9
+    assert world.asked == [] and len(school.read(move)) == 9

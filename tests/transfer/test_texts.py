@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
@@ -190,3 +191,10 @@ def test_part_of_a_seed_is_a_copy(seed: str, others: list[str], n: int, data: st
 
 def test_unseen_are_new_each_once() -> None:
     assert texts.unseen(["a", "B", " b", "c", "A"], ["C "]) == ["a", "B"]
+
+
+@pytest.mark.parametrize("name", ["seeds.txt", "seeds.jsonl"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist or is no file"):
+        texts.read(tmp_path / name)

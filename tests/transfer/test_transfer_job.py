@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 import lorazip
 from lorazip.cli import main
 from lorazip.errors import InputError, LorazipError, TargetError, TransferError, UsageError
 from lorazip.eval import session
-from lorazip.transfer import assess, job, teach
+from lorazip.transfer import assess, job, learn, teach
+from lorazip.transfer.distill import Fitted
+from lorazip.transfer.fits import Fit
 from lorazip.transfer.move import STAGES, Move
+from lorazip.transfer.world import World
 
 SEEDS = ("kzwqma", "plovec", "trinqa", "zubbel", "mocarf", "dinfet")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -186,7 +191,7 @@ def test_no_text_leaves_the_folder_and_purge_empties_it(
 ) -> None:
     tables = place.tables(gate={"tests": str(place.tests), "shots": 2})
     run(place, tmp_path / "moved", tables=tables, until="label")
-    rows = [
+    _, *rows = [
         json.loads(line)
         for line in (tmp_path / "moved.work/transfer/labelled.jsonl").read_text().splitlines()
     ]
@@ -206,25 +211,209 @@ def test_worse_than_the_bare_base_is_refused(
     tables = place.tables(gate={"tests": str(place.tests), "shots": 0})
     measured = assess.read
 
-    def worse(move: Move) -> list[assess.Scored]:
+    def worse(world: World, move: Move) -> list[assess.Scored]:
         return [
             replace(one, losses=tuple(x + 9 for x in one.losses)) if one.arm == assess.MOVED else one
-            for one in measured(move)
+            for one in measured(world, move)
         ]
 
     run(place, tmp_path / "first", tables=tables, work=tmp_path / "work")
     monkeypatch.setattr(assess, "read", worse)
     options: dict[str, Any] = {"tables": tables, "work": tmp_path / "work"}
-    (tmp_path / "work" / "another" / "training" / ".fits-killed" / "0").mkdir(parents=True)
+    (tmp_path / "work" / "transfer" / "training" / ".fits-killed" / "0").mkdir(parents=True)
+    mine = tmp_path / "work" / "astronomy" / ".fits-of-lines"  # what only looks like it is another's
+    mine.mkdir(parents=True)
     with pytest.raises(TransferError, match="refused: its token loss is above") as refused:
         run(place, tmp_path / "moved", accept_worse=False, purge=True, **options)
     # Of what was purged all texts are gone; the adapter is not, and can still be taken.
     left = {path.name for path in (tmp_path / "work" / "transfer").iterdir()}
-    assert not list(tmp_path.rglob(".fits-*"))
+    assert list(tmp_path.rglob(".fits-*")) == [mine]
     assert "training" in left and not left & {"drafts.jsonl", "inputs.jsonl", "labelled.jsonl"}
     assert refused.value.exit_code == 1 and not (tmp_path / "moved").exists()
-    (moved,) = run(place, tmp_path / "moved", accept_worse=True, **options)
+    seen: set[str] = set()
+    (moved,) = run(
+        place,
+        tmp_path / "moved",
+        accept_worse=True,
+        progress=lambda what, done, total, note="": seen.add(what),
+        **options,
+    )
+    assert seen == set()
     assert moved.output is not None and "refused" in (moved.output / "transfer.html").read_text()
+
+
+def test_after_a_purge_other_options_make_the_texts_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assess, "judge", refusing(assess.judge))
+    with pytest.raises(TransferError, match="refused"):
+        run(place, tmp_path / "moved", accept_worse=False, purge=True)
+    tables = place.tables(train=SETTINGS["train"] | {"epochs": 3})
+    (moved,) = run(place, tmp_path / "moved", tables=tables)
+    assert moved.output is not None and moved.stages["train"]["samples"] >= teach.LEAST
+
+
+def refusing(judge: Callable[..., assess.Judged]) -> Callable[..., assess.Judged]:
+    return lambda measure, scored: replace(judge(measure, scored), refused="it is a test")
+
+
+class Died(BaseException):
+    """A kill between a stage's file and the word that the stage is done."""
+
+
+@pytest.mark.parametrize("stage", ["filter", "label", "evaluate"])
+def test_rows_of_other_options_are_never_taken(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """One run, another that dies after it wrote its rows, then the first again with an option that needs them."""
+    tables = place.tables()
+    last = place.tables(train=SETTINGS["train"] | {"epochs": 1})
+    (wanted,) = run(place, tmp_path / "wanted", tables=last)
+    run(place, tmp_path / "one", tables=tables, work=tmp_path / "work")
+    done = Move.done
+
+    def dying(self: Move, name: str, *told: Any) -> None:
+        if name == stage:
+            raise Died
+        done(self, name, *told)
+
+    other = place.tables(
+        inputs=SETTINGS["inputs"] | {"count": 40}, train=SETTINGS["train"] | {"learning_rates": [2e-2]}
+    )
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        patched.setattr(Move, "done", dying)
+        run(place, tmp_path / "two", tables=other, work=tmp_path / "work")
+    for name, again in (("three", tables), ("four", last)):
+        run(place, tmp_path / name, tables=again, work=tmp_path / "work")
+    for one, same in (("one", "three"), ("wanted", "four")):
+        ours, theirs = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in (one, same))
+        assert ours == theirs
+        gates = [
+            json.loads((tmp_path / n / "transfer.json").read_text())["gate"]["arms"] for n in (one, same)
+        ]
+        assert gates[0].keys() == gates[1].keys()
+        for arm, found in gates[0].items():
+            assert found["loss"]["estimate"] == pytest.approx(gates[1][arm]["loss"]["estimate"], abs=1e-5)
+    assert wanted.error is None
+
+
+def test_dora_is_evaluated_as_peft_acts(place: Place, tmp_path: Path) -> None:
+    """Its update is of full rank; the arms of it and of its oracle are asked with it merged in."""
+    tests = tmp_path / "ant.jsonl"
+    rows = [json.loads(line) for line in place.tests.read_text().splitlines()]
+    for row in rows[:8]:
+        row["split"] = "train"
+    tests.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = place.tables(
+        train=SETTINGS["train"] | {"kind": "dora"}, gate={"tests": str(tests), "shots": 0, "oracle": True}
+    )
+    (moved,) = run(place, tmp_path / "moved", tables=tables)
+    assert moved.output is not None and moved.judged is not None
+    assert not list(tmp_path.rglob("merged"))
+    model = tiny.peft(place.target, moved.output)
+    losses = []
+    for row in (row for row in rows if row["split"] == "test"):
+        answer = (*tiny.encode(row["output"]), tiny.END)
+        found = tiny.logprobs(model, tiny.encode(f"{row['input']}="), answer)
+        losses.append(-float(found.gather(1, torch.tensor(answer)[:, None]).mean()))
+    arms = moved.judged.arms
+    assert arms["transferred"]["loss"].estimate == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert arms["transferred"]["loss"].estimate != pytest.approx(
+        arms["target base"]["loss"].estimate, abs=1e-3
+    )
+    assert arms["oracle"]["loss"].estimate != pytest.approx(arms["transferred"]["loss"].estimate, abs=1e-3)
+
+
+def test_oracle_that_learns_nothing_costs_only_its_arm(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = tmp_path / "ant.jsonl"
+    rows = [json.loads(line) for line in place.tests.read_text().splitlines()]
+    for row in rows[:8]:
+        row["split"] = "train"
+    tests.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fit_all = learn.fit_all
+
+    def useless(world: World, some: Sequence[Fit]) -> dict[str, Fitted | LorazipError]:
+        found = fit_all(world, some)
+        if some[0].folder.parent.name == learn.ORACLE:
+            found = {name: replace(one, best=0) for name, one in found.items() if isinstance(one, Fitted)}
+        return found
+
+    monkeypatch.setattr(learn, "fit_all", useless)
+    tables = place.tables(gate={"tests": str(tests), "shots": 0, "oracle": True})
+    (moved,) = run(place, tmp_path / "moved", tables=tables)
+    assert moved.judged is not None and "oracle" not in moved.judged.arms
+    assert "no epoch of it was better" in moved.stages["evaluate"]["no_oracle"]
+
+
+def test_adapter_that_was_damaged_after_its_evaluation_is_not_written(place: Place, tmp_path: Path) -> None:
+    run(place, tmp_path / "moved", until="evaluate")
+    (weights,) = (tmp_path / "moved.work").rglob("training/*/adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(TargetError, match="not the adapter that was evaluated"):
+        run(place, tmp_path / "moved")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_only_what_this_run_did_is_told(place: Place, tmp_path: Path) -> None:
+    run(place, tmp_path / "moved")
+    tables = place.tables(inputs=SETTINGS["inputs"] | {"count": 40})
+    (moved,) = run(place, tmp_path / "other", tables=tables, work=tmp_path / "moved.work", until="filter")
+    assert set(moved.stages) == {"probe", "filter"} and moved.stages["filter"]["kept"] == 40
+
+
+def test_adapter_with_more_than_factors_is_refused_at_once(place: Place, tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+    shutil.copytree(place.adapter, extra)
+    from safetensors.torch import load_file, save_file
+
+    factors = load_file(extra / "adapter_model.safetensors")
+    save_file(
+        factors | {"base_model.model.lm_head.weight": torch.zeros(3, 3)}, extra / "adapter_model.safetensors"
+    )
+    config = json.loads((extra / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
+    (extra / "adapter_config.json").write_text(json.dumps(config))
+    tables = place.tables()
+    tables["source"]["adapter"] = str(extra)
+    with pytest.raises(InputError, match="is carried beside the LoRA factors"):
+        run(place, tmp_path / "moved", tables=tables, progress=stopping(lambda what, done: True))
+
+
+def test_a_broken_state_costs_the_others_nothing(place: Place, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    rows = [
+        {"adapter": str(place.adapter), "name": name, "seeds": str(place.seeds)} for name in ("one", "two")
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = place.tables()
+    del tables["source"]["adapter"], tables["inputs"]["seeds"]
+    run(place, tmp_path / "out", tables=tables, table=table, until="label")
+    (tmp_path / "out.work" / "one" / "state.json").write_text("{")
+    found = {one.name: one for one in run(place, tmp_path / "out", tables=tables, table=table, purge=True)}
+    assert found["two"].error is None and "state.json cannot be read" in str(found["one"].error)
+    assert not (tmp_path / "out.work" / "two").exists()  # it is purged all the same
+
+
+@pytest.mark.parametrize("row", ["{}", "[1]", "{", '{"input": "x"}'])
+def test_a_damaged_row_says_which_file_to_delete(place: Place, tmp_path: Path, row: str) -> None:
+    run(place, tmp_path / "moved", until="label")
+    path = tmp_path / "moved.work" / "transfer" / "labelled.jsonl"
+    path.write_text(path.read_text() + row + "\n")
+    with pytest.raises(TargetError, match=r"labelled\.jsonl cannot be read: .*\(delete it, and run again\)"):
+        run(place, tmp_path / "moved")
+    path.unlink()
+    assert run(place, tmp_path / "moved")[0].error is None
+
+
+def test_prompt_of_one_token(place: Place, tmp_path: Path) -> None:
+    """The adapter proves itself on the first prompt, which has no second token to be scored."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{letter}\n" for letter in "abcdefghijklmnop"))
+    tables = place.tables(inputs={"prompts": str(prompts), "seeds": "", "count": 0, "definition": ""})
+    tables["source"]["template"] = "{input}"
+    with pytest.raises(TransferError, match="0 of 16 answers of the source adapter can be used"):
+        run(place, tmp_path / "moved", tables=tables, until="label")
 
 
 def test_generator_that_repeats_itself_ends_with_counts(place: Place, tmp_path: Path) -> None:
@@ -294,6 +483,36 @@ def test_logits_need_equal_tokenizers_and_train(place: Place, tmp_path: Path) ->
     (moved,) = run(place, tmp_path / "moved", tables=tables)
     errors = moved.stages["train"]["errors"]
     assert errors[moved.stages["train"]["best"]] < errors[0]
+
+
+def test_equal_tokenizers_may_end_answers_by_other_tokens(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the expert says of its end token is learned of the target's."""
+    target = tiny.make_base(tmp_path / "target", seed=7)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    tokenizer.eos_token = tiny.CHARACTERS[3]
+    tokenizer.save_pretrained(target)
+    seen: list[Fit] = []
+
+    def enough(world: World, some: Sequence[Fit]) -> dict[str, Fitted | LorazipError]:
+        seen.extend(some)
+        raise TransferError("enough")
+
+    monkeypatch.setattr(learn, "fit_all", enough)
+    tables = place.tables(train=SETTINGS["train"] | {"loss": "logits"}, label={"new_tokens": 24, "top_k": 97})
+    tables["target"]["base"] = str(target)
+    with pytest.raises(TransferError, match="enough"):
+        run(place, tmp_path / "moved", tables=tables, until="train")
+    rows = (tmp_path / "moved.work/transfer/labelled.jsonl").read_text().splitlines()[1:]
+    taught = [row for row in map(json.loads, rows) if row["part"] == "train"]
+    assert len(seen[0].train) == len(taught) > 3
+    for row, sample in zip(taught, seen[0].train, strict=True):
+        assert row["tokens"][-1] == tiny.END and sample.answer[-1] == 3
+        assert sample.tops is not None
+        for place_, theirs in zip(sample.tops.tokens, row["tops"]["tokens"], strict=True):
+            assert [{3: tiny.END, tiny.END: 3}.get(t, t) for t in theirs] == list(place_)
+        assert [list(p) for p in sample.tops.logprobs] == row["tops"]["logprobs"]
 
 
 def test_what_exists_is_never_harmed(place: Place, tmp_path: Path) -> None:
