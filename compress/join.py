@@ -1,7 +1,7 @@
 """Joining later: new adapters on the bases of a finished bundle (METHODS.md §2 "Joining later", §3 "projected").
 
 The bases stay; every new adapter gets the least-squares core on the one that fits it best, its error is measured, and
-where the bases cannot hold it, it keeps factors of its own.
+where the bases cannot hold it, it keeps factors of its own; so does every one that joins a bundle of auto.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from lorazip.names import folded
 from lorazip.sources import Inputs, fingerprint, open_adapters
 from lorazip.terms import Form, shared_indices
 
+# Methods whose new adapters share nothing: svd has no bases, and auto stores an adapter by the side, each row less its
+# loadings, in profiles that were chosen for all adapters together.
+OWN = ("svd", "auto")
 BATCH = 16  # adapters whose own tensors are held in memory at a time
 Progress = Callable[[str, int, int], None]
 
@@ -132,7 +135,7 @@ def join(
     starts = [
         i for i, (one, two) in enumerate(pairwise(module.layout)) if (one.side, two.side) == ("left", "right")
     ]
-    if spec.method == "svd" or not starts:
+    if spec.method in OWN or not starts:
         own = own_factors(ready, range(len(factors)), _alone(spec), factors)
         return encode.measured(ready, loaded, module.layout, (), own, bases)
     device = loaded.left.device

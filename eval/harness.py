@@ -40,7 +40,7 @@ from lorazip.eval.spec import EvalSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSTALL = "pip install 'lorazip[lm-eval]'"
+INSTALL = "pip install '.[lm-eval]' in lorazip's checkout"
 SEEDS = (0, 1234)  # of random and of NumPy: those of the harness
 
 

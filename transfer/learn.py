@@ -27,7 +27,8 @@ from lorazip.transfer.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FOLDER, ORACLE = "training", "oracle"
+# Hidden: what is in them looks like adapters, and compress of a directory above would take it.
+FOLDER, ORACLE = ".training", ".oracle"
 
 
 def key(move: Move, world: World) -> str:

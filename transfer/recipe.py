@@ -263,9 +263,11 @@ def overridden(tables: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
     return found
 
 
-def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def parse(tables: Mapping[str, Any], where: str = "recipe", *, probed: bool = False) -> Recipe:
     """Check all of it, and say all that is wrong at once.
 
+    Args:
+        probed: it is only for the stage `probe`, which needs no inputs.
     Raises:
         UsageError: a line for every key that is unknown, of another type, or out of range.
     """
@@ -282,7 +284,7 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
             made[name] = _section(name, sections[name], table, wrong)
     broken = [line.partition(" ")[0] for line in wrong]  # what they depend on is not looked at
     recipe = Recipe(**made)
-    wrong += [line for line in _out_of_range(recipe) if not any(key in line for key in broken)]
+    wrong += [line for line in _out_of_range(recipe, probed) if not any(key in line for key in broken)]
     if wrong:
         raise UsageError("\n".join(f"{where}: {line}" for line in wrong))
     return recipe
@@ -342,22 +344,25 @@ def _value(kind: Any, value: Any) -> Any:
     return value
 
 
-def _out_of_range(recipe: Recipe) -> list[str]:
+def _out_of_range(recipe: Recipe, probed: bool) -> list[str]:
     """What is wrong with values that are of their types."""
     i, f, t, g = recipe.inputs, recipe.filter, recipe.train, recipe.gate
     rules = [
-        (bool(recipe.source.base), "source.base is not given: the model that the adapter was trained on"),
-        (bool(recipe.source.adapter), "source.adapter is not given"),
-        (bool(recipe.target.base), "target.base is not given: the model to move to"),
+        (
+            bool(recipe.source.base),
+            "source.base (--source-base) is not given: the model that the adapter was trained on",
+        ),
+        (bool(recipe.source.adapter), "source.adapter (--adapter) is not given"),
+        (bool(recipe.target.base), "target.base (--target-base) is not given: the model to move to"),
         ("{input}" in recipe.source.template, "source.template must hold {input}"),
         ("{input}" in (recipe.target.template or "{input}"), "target.template must hold {input}"),
         (
-            bool(i.seeds or i.prompts),
-            "give inputs.seeds, inputs.prompts or both: nothing else tells the task",
+            bool(i.seeds or i.prompts) or probed,
+            "give inputs.seeds (--seeds), inputs.prompts (--prompts) or both: nothing else tells the task",
         ),
         (i.count >= 0, "inputs.count must not be negative"),
         (
-            i.count == 0 or bool(i.seeds),
+            i.count == 0 or bool(i.seeds) or probed,
             "inputs.count asks for synthetic inputs: give inputs.seeds, or count = 0",
         ),
         (i.count > 0 or bool(i.prompts), "inputs.count = 0 needs inputs.prompts"),

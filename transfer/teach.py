@@ -157,6 +157,10 @@ def _ended(
         else:
             counts["kept"] += 1
             found.append((text, answer))
+    if counts["kept"] == len(inputs) < LEAST:
+        raise TransferError(
+            f"{move.name}: {len(inputs)} inputs are too few to train on and hold out: give {LEAST} at least"
+        )
     if len(found) < LEAST:
         raise TransferError(
             f"{move.name}: {len(found)} of {len(inputs)} answers of the source adapter can be used "

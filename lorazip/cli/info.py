@@ -12,7 +12,8 @@ from lorazip import units
 from lorazip.bundle import Bundle
 from lorazip.choices import Choice, choices
 from lorazip.cli import render
-from lorazip.errors import printable
+from lorazip.errors import UsageError, printable
+from lorazip.peft_config import CONFIG_FILE
 from lorazip.terms import described
 
 STORAGES = 12  # kinds that are named
@@ -23,6 +24,8 @@ STORAGES = 12  # kinds that are named
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def info(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds: its adapters, their errors and bytes."""
+    if (bundle / CONFIG_FILE).is_file():
+        raise UsageError(f"{bundle} is a PEFT adapter, not a bundle (see lorazip inspect)")
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     forms = [form for a in manifest.adapters for form in a.forms if form is not None]

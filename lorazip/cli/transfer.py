@@ -99,12 +99,15 @@ def _tables(options: dict[str, Any]) -> dict[str, Any]:
 
 def _run(until: job.Stage, options: dict[str, Any], **more: Any) -> None:
     engine = session.engine(options["backend"], options["dtype"], options["device"])
+    where = str(options["recipe"] or "options")
+    parsed = job.recipes_of(_tables(options), options["table"], where, probed=until == "probe")
+    many = options["table"] is not None
     with render.progress() as progress:
-        moved = job.run(
-            _tables(options),
+        moved = job.move(
+            parsed,
             options["output"],
             engine=engine,
-            table=options["table"],
+            many=many,
             until=until,
             work=options["work"],
             processes=options["processes"],
@@ -117,6 +120,9 @@ def _run(until: job.Stage, options: dict[str, Any], **more: Any) -> None:
         for one in moved:
             _show(one, until)
     failed = [one for one in moved if one.error is not None]
+    if failed and not many:
+        assert failed[0].error is not None
+        raise failed[0].error
     if failed:
         lines = [_named(one) for one in failed]
         raise TransferError("\n".join([f"{len(failed)} of {len(moved)} transfers failed:", *lines]))
@@ -129,8 +135,8 @@ def _named(one: job.Moved) -> str:
 
 
 def _show(one: job.Moved, until: str) -> None:
-    """What became of a transfer, in a few lines."""
-    if one.error is not None:
+    """What became of a transfer, in a few lines; of one that failed, if it came to the gate."""
+    if one.error is not None and one.judged is None:
         return
     click.echo(f"{printable(one.name)}:")
     stages = one.stages
@@ -199,7 +205,7 @@ def _show_gate(one: job.Moved) -> None:
         click.echo(f"  no oracle: {one.stages['evaluate']['no_oracle']}")
     if judged.retention is not None:
         click.echo(f"  of the oracle's gain: {render.interval(judged.retention)} %")
-    if judged.refused:
+    if judged.refused and one.output is not None:
         click.echo(f"  refused, and written all the same: {judged.refused}")
 
 

@@ -12,35 +12,46 @@ from lorazip.bundle import Bundle
 from lorazip.cli import render
 from lorazip.compress import check
 from lorazip.compress.spec import Spec
-from lorazip.errors import BundleError
+from lorazip.errors import BundleError, printable
 from lorazip.sources import open_adapters
+
+NAMED = 8  # adapters that were not compared
 
 
 @click.command(epilog="Example: lorazip verify team.lorazip --against adapters/")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", multiple=True, metavar="PATH", help="Originals to compare with; may be repeated.")
+@click.option(
+    "--skip-bad", is_flag=True, help="Leave originals with defects out, as compress --skip-bad does."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def verify(bundle: Path, against: tuple[str, ...], device: str, as_json: bool) -> None:
+def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, as_json: bool) -> None:
     """Check every byte of a bundle; with the originals, measure every adapter's error again.
 
-    Exit code 0: all is as recorded. 1: something is not.
+    Exit code 0: all that was looked at is as recorded. 1: something is not. Adapters whose originals --against does not
+    name are listed: only their bytes were checked.
     """
     opened, place = Bundle.open(bundle), Spec(device=device).torch_device()
     problems = opened.verify()
     compared: list[check.Comparison] = []
+    skipped: list[str] = []
     if against and not problems:
         with render.progress() as progress:
-            inputs = open_adapters(list(against), base=opened.manifest.base)
+            inputs = open_adapters(list(against), base=opened.manifest.base, skip_bad=skip_bad)
+            skipped = [str(defect) for defect in inputs.skipped]
             compared = check.compare(opened, inputs.adapters, place, progress)
     found = {"bundle": {p.file: p.problem for p in problems}, "strays": opened.strays()}
     bad = [c for c in compared if c.problems]
+    rest = sorted(set(opened.names) - {c.name for c in compared}) if against else []
     if as_json:
         rows = [
             {"name": c.name, "recorded": c.recorded, "measured": c.measured, "problems": list(c.problems)}
             for c in compared
         ]
-        render.as_json({"ok": not (problems or bad), **found, "adapters": rows})
+        render.as_json(
+            {"ok": not (problems or bad), **found, "adapters": rows, "not_compared": rest, "skipped": skipped}
+        )
         sys.exit(1 if problems or bad else 0)
     for stray in opened.strays():
         click.echo(
@@ -54,8 +65,16 @@ def verify(bundle: Path, against: tuple[str, ...], device: str, as_json: bool) -
             for c in compared
         ]
         render.table("", ["adapter", "recorded error", "measured error", "verdict"], rows_)
+        for defect in skipped:
+            click.echo(f"skipped: {defect}", err=True)
     if bad:
         raise BundleError(f"{bundle}: {units.counted(len(bad), 'adapter')} not as recorded")
+    if rest:
+        more = f", {NAMED} of them: " if len(rest) > NAMED else ": "
+        told = printable(", ".join(rest[:NAMED]))
+        click.echo(
+            f"not compared, for their originals are not there: {units.counted(len(rest), 'adapter')}{more}{told}"
+        )
     click.echo(f"{bundle}: ok, {units.counted(len(opened.names), 'adapter')}, {opened.nbytes} bytes checked")
 
 

@@ -235,3 +235,23 @@ def test_what_may_not_join(make_adapter: MakeAdapter, zoo: Path, tmp_path: Path)
     bundle, inputs = join.add(team, [str(bad), str(new)], skip_bad=True)
     assert "new" in bundle.names and "bad" not in bundle.names
     assert [defect.adapter for defect in inputs.skipped] == ["bad"]
+
+
+def test_adapter_joins_a_bundle_of_auto_with_factors_of_its_own(tmp_path: Path) -> None:
+    """Real adapters, of some modules of which auto shares both sides; one that was left out joins within their bound."""
+    zoo = Path(__file__).parents[2] / "examples" / "zoo"
+    paths = sorted(path for path in zoo.iterdir() if path.is_dir())
+    left_out = paths[3]
+    job.run([str(path) for path in paths if path != left_out], Spec("auto", ratio=24), tmp_path / "team")
+    before = Bundle.open(tmp_path / "team")
+    sides = [[shared.side for shared in module.layout] for module in before.manifest.modules]
+    assert ["left", "right"] in sides
+    bundle, _ = join.add(tmp_path / "team", [str(left_out)])
+    worst = max(before.adapter(name).record.error for name in before.names)
+    record = bundle.adapter(left_out.name).record
+    assert record.error <= worst
+    assert record.error == pytest.approx(error(bundle, left_out.name, left_out), rel=1e-5)
+    assert not any(on_bases(bundle, left_out.name)) and bundle.verify() == []
+    assert record.file.nbytes < record.original_bytes / 8
+    for name in before.names:
+        assert bundle.adapter(name).record == before.adapter(name).record

@@ -325,7 +325,7 @@ def test_all_bad_lines_of_a_table_are_told_at_once(tmp_path: Path) -> None:
         "'sneeds' is no column",
         "names no adapter",
         "more than texts",
-        "source.adapter is not given",
+        "source.adapter (--adapter) is not given",
     ):
         assert told.count(text) == 1
     table.write_text('{"name": "c"}\n{"adapter": \n{"name": "d"}\n')

@@ -220,7 +220,7 @@ def test_worse_than_the_bare_base_is_refused(
     run(place, tmp_path / "first", tables=tables, work=tmp_path / "work")
     monkeypatch.setattr(assess, "read", worse)
     options: dict[str, Any] = {"tables": tables, "work": tmp_path / "work"}
-    (tmp_path / "work" / "transfer" / "training" / ".fits-killed" / "0").mkdir(parents=True)
+    (tmp_path / "work" / "transfer" / learn.FOLDER / ".fits-killed" / "0").mkdir(parents=True)
     mine = tmp_path / "work" / "astronomy" / ".fits-of-lines"  # what only looks like it is another's
     mine.mkdir(parents=True)
     with pytest.raises(TransferError, match="refused: its token loss is above") as refused:
@@ -228,7 +228,7 @@ def test_worse_than_the_bare_base_is_refused(
     # Of what was purged all texts are gone; the adapter is not, and can still be taken.
     left = {path.name for path in (tmp_path / "work" / "transfer").iterdir()}
     assert list(tmp_path.rglob(".fits-*")) == [mine]
-    assert "training" in left and not left & {"drafts.jsonl", "inputs.jsonl", "labelled.jsonl"}
+    assert learn.FOLDER in left and not left & {"drafts.jsonl", "inputs.jsonl", "labelled.jsonl"}
     assert refused.value.exit_code == 1 and not (tmp_path / "moved").exists()
     seen: set[str] = set()
     (moved,) = run(
@@ -349,7 +349,7 @@ def test_oracle_that_learns_nothing_costs_only_its_arm(
 
 def test_adapter_that_was_damaged_after_its_evaluation_is_not_written(place: Place, tmp_path: Path) -> None:
     run(place, tmp_path / "moved", until="evaluate")
-    (weights,) = (tmp_path / "moved.work").rglob("training/*/adapter/adapter_model.safetensors")
+    (weights,) = (tmp_path / "moved.work").rglob(".training/*/adapter/adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(TargetError, match="not the adapter that was evaluated"):
         run(place, tmp_path / "moved")
@@ -624,7 +624,7 @@ def test_oracle_learns_the_examples_that_are_there_now(place: Place, tmp_path: P
     (after,) = run(place, tmp_path / "moved", tables=tables, work=tmp_path / "w", force=True)
     assert before.judged is not None and after.judged is not None
     assert before.judged.arms["oracle"]["loss"] != after.judged.arms["oracle"]["loss"]
-    assert len(list((tmp_path / "w").rglob("oracle/*"))) == 2
+    assert len(list((tmp_path / "w").rglob(".oracle/*"))) == 2
 
 
 def test_call_that_cannot_begin_leaves_nothing(place: Place, tmp_path: Path) -> None:
@@ -683,3 +683,37 @@ modules = ["down_proj", "up_proj", "gate_proj", "o_proj"]
     for part in ("inputs: 72 kept", "leak check", "answers:", "training:", "agreement %", "written:"):
         assert part in said.out
     assert not (tmp_path / "moved.work").exists() and (tmp_path / "moved").is_dir()
+
+
+def test_command_shows_what_was_refused(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assess, "judge", refusing(assess.judge))
+    recipe = tmp_path / "move.toml"
+    recipe.write_text("".join(f"[{name}]\n{lines(table)}" for name, table in place.tables().items()))
+    arguments = ["transfer", "run", "--recipe", str(recipe), "-o", str(tmp_path / "moved"), "--backend", "hf"]
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, *more])
+        said = capsys.readouterr()
+        assert done.value.code == 1 and "refused: it is a test" in said.err
+        assert "transferred" in said.out and "  written:" not in said.out
+    (found,) = json.loads(said.out)
+    assert found["gate"]["refused"] == "it is a test" and "refused" in found["error"]
+
+
+def lines(table: dict[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+
+
+def test_probe_needs_no_inputs(place: Place, tmp_path: Path) -> None:
+    arguments = ["--adapter", place.adapter, "--source-base", place.source, "--target-base", place.target]
+    with pytest.raises(SystemExit) as done:
+        main(["transfer", "probe", *map(str, arguments), "-o", str(tmp_path / "moved"), "--backend", "hf"])
+    assert done.value.code == 0
+
+
+def test_compress_does_not_take_what_a_transfer_left(place: Place, tmp_path: Path) -> None:
+    run(place, tmp_path / "all" / "moved")
+    assert (tmp_path / "all" / "moved.work").is_dir()
+    assert [one.name for one in lorazip.open_adapters([str(tmp_path / "all")]).adapters] == ["moved"]
