@@ -238,7 +238,7 @@ def test_what_may_not_join(make_adapter: MakeAdapter, zoo: Path, tmp_path: Path)
 
 
 def test_adapter_joins_a_bundle_of_auto_with_factors_of_its_own(tmp_path: Path) -> None:
-    """Real adapters, of some modules of which auto shares both sides; one that was left out joins within their bound."""
+    """Real adapters, of some modules of which auto shares both sides; one that was left out joins in their bound."""
     zoo = Path(__file__).parents[2] / "examples" / "zoo"
     paths = sorted(path for path in zoo.iterdir() if path.is_dir())
     left_out = paths[3]
