@@ -1,13 +1,14 @@
 """Joining later: new adapters on the bases of a finished bundle (METHODS.md §2 "Joining later", §3 "projected").
 
 The bases stay; every new adapter gets the least-squares core on the one that fits it best, its error is measured, and
-where the bases cannot hold it, it keeps factors of its own; so does every one that joins a bundle of auto.
+where the bases cannot hold it, it keeps factors of its own. To a bundle of auto every new adapter is added as auto
+stores it alone: there profiles and bases were chosen for all adapters together.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,13 @@ from torch import Tensor
 from lorazip.adapter import Adapter, LowRank
 from lorazip.bundle import Bundle, adapter_path
 from lorazip.codecs import DTYPES
-from lorazip.compress import encode
+from lorazip.compress import encode, planning, shards, sides
+from lorazip.compress.encode import ModuleCode
 from lorazip.compress.joint import Pair
 from lorazip.compress.methods import METHODS
 from lorazip.compress.own import own_factors
+from lorazip.compress.planning import Choice
+from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.edit import changing, commit
@@ -32,9 +36,6 @@ from lorazip.names import folded
 from lorazip.sources import Inputs, fingerprint, open_adapters
 from lorazip.terms import Form, shared_indices
 
-# Methods whose new adapters share nothing: svd has no bases, and auto stores an adapter by the side, each row less its
-# loadings, in profiles that were chosen for all adapters together.
-OWN = ("svd", "auto")
 BATCH = 16  # adapters whose own tensors are held in memory at a time
 Progress = Callable[[str, int, int], None]
 
@@ -54,7 +55,7 @@ def add(
     Args:
         path: the bundle.
         paths: as for `compress`.
-        max_error: bound on err of every new adapter and module; by default the bundle's own bound, else the worst error
+        max_error: bound on err of every new adapter, and but for auto of its every module; by default the bundle's own bound, else the worst error
             that one of its adapters has already.
         base: accept adapters of another base string.
         skip_bad: leave adapters with defects out.
@@ -75,7 +76,12 @@ def add(
         modules = (*bundle.manifest.modules, *fresh)
         records: list[AdapterRecord] = []
         for start in range(0, len(inputs.adapters), BATCH):
-            records += _joined(bundle, modules, inputs.adapters[start : start + BATCH], spec)
+            some = inputs.adapters[start : start + BATCH]
+            if spec.method == "auto":
+                for adapter in some:
+                    records += _recorded(bundle, modules, [adapter], _planned(inputs, adapter, spec))
+            else:
+                records += _recorded(bundle, modules, some, _joined(bundle, modules, some, spec))
             progress("joining", len(records), len(inputs.adapters))
         missing: tuple[None, ...] = (None,) * len(fresh)
         old = (replace(a, forms=(*a.forms, *missing)) for a in bundle.manifest.adapters)
@@ -93,23 +99,55 @@ def add(
 
 def _joined(
     bundle: Bundle, modules: Sequence[Module], adapters: Sequence[Adapter], spec: Spec
+) -> Iterator[tuple[str, ModuleCode]]:
+    """Encode some adapters, module by module, on the bases that are there."""
+    for index, module in enumerate(modules):
+        factors = [a.low_rank(module.name) for a in adapters if module.name in a.modules]
+        if factors:
+            bases = bundle.shared(index, range(len(module.layout))) if module.layout else {}
+            yield module.name, join(module, bases, factors, spec)
+
+
+def _planned(inputs: Inputs, adapter: Adapter, spec: Spec) -> Iterator[tuple[str, ModuleCode]]:
+    """Encode one adapter by auto within the bound. By itself it shares nothing, so its forms fit any module."""
+    one = replace(inputs, adapters=(adapter,))
+    curves = [planning.survey(one, spec, name) for name in one.modules]
+    choice: Choice | None = planning.choose(one, spec, curves)
+    codes: list[ModuleCode] = []
+    while choice is not None:
+        tasks = [
+            Task(name, [adapter.low_rank(name)], plan, curve.directions)
+            for name, plan, curve in zip(one.modules, choice.plans, curves, strict=True)
+        ]
+        codes = sides.encode_planned(tasks, spec)
+        encoded = [shards.describe(c, *shape) for c, shape in zip(codes, one.modules.values(), strict=True)]
+        choice = planning.repaired(one, spec, choice, encoded)
+    yield from zip(one.modules, codes, strict=True)
+
+
+def _recorded(
+    bundle: Bundle,
+    modules: Sequence[Module],
+    adapters: Sequence[Adapter],
+    encoded: Iterable[tuple[str, ModuleCode]],
 ) -> list[AdapterRecord]:
-    """Encode some adapters, module by module, and write their files."""
+    """Write the files of some adapters.
+
+    Args:
+        encoded: modules that some of them have, each with the forms of those that have it.
+    """
+    place = {module.name: index for index, module in enumerate(modules)}
     forms: dict[str, list[Form | None]] = {a.name: [None] * len(modules) for a in adapters}
     parts: dict[str, list[Tensor]] = defaultdict(list)
     sums = {a.name: [0.0, 0.0] for a in adapters}
-    for index, module in enumerate(modules):
-        having = [a for a in adapters if module.name in a.modules]
-        if having:
-            factors = [a.low_rank(module.name) for a in having]
-            bases = bundle.shared(index, range(len(module.layout))) if module.layout else {}
-            code = join(module, bases, factors, spec)
-            rows = zip(having, code.forms, code.own, code.residuals, code.energies, strict=True)
-            for adapter, form, own, residual, energy in rows:
-                forms[adapter.name][index] = form
-                parts[adapter.name] += own
-                sums[adapter.name][0] += float(residual)
-                sums[adapter.name][1] += float(energy)
+    for name, code in encoded:
+        having = [a for a in adapters if name in a.modules]
+        rows = zip(having, code.forms, code.own, code.residuals, code.energies, strict=True)
+        for adapter, form, own, residual, energy in rows:
+            forms[adapter.name][place[name]] = form
+            parts[adapter.name] += own
+            sums[adapter.name][0] += float(residual)
+            sums[adapter.name][1] += float(energy)
     records = []
     for adapter in adapters:
         residual, energy = sums[adapter.name]
@@ -120,9 +158,7 @@ def _joined(
     return records
 
 
-def join(
-    module: Module, bases: dict[int, Tensor], factors: Sequence[LowRank], spec: Spec
-) -> encode.ModuleCode:
+def join(module: Module, bases: dict[int, Tensor], factors: Sequence[LowRank], spec: Spec) -> ModuleCode:
     """Encode adapters of one module on stored bases.
 
     Args:
@@ -135,7 +171,7 @@ def join(
     starts = [
         i for i, (one, two) in enumerate(pairwise(module.layout)) if (one.side, two.side) == ("left", "right")
     ]
-    if spec.method in OWN or not starts:
+    if spec.method == "svd" or not starts:
         own = own_factors(ready, range(len(factors)), _alone(spec), factors)
         return encode.measured(ready, loaded, module.layout, (), own, bases)
     device = loaded.left.device

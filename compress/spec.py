@@ -15,7 +15,6 @@ from lorazip.devices import find_device
 from lorazip.errors import UsageError
 
 Weights = Literal["unit", "strength", "trained"]
-JOINING_BITS = 4  # of adapters that join a bundle of auto
 # Options that came after version 0.1.
 LATER = ("bits", "core_bits", "basis_bits", "group", "ratio", "budget", "calibrate", "prompts")
 
@@ -143,7 +142,7 @@ class Spec:
             max_error=self.max_error,
             dtype=self.dtype,
             device=self.device,
-            bits=JOINING_BITS if self.method == "auto" else self.bits,
+            bits=self.bits,
             group=self.group if self.bits is not None else None,
         )
 

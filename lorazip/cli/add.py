@@ -31,8 +31,8 @@ def add(
 ) -> None:
     """Add adapters to a bundle on its bases, with own factors where these cannot hold them.
 
-    To a bundle of auto they are added with factors of their own, of 4 bits. Their errors are measured. Nothing that the
-    bundle holds is changed.
+    To a bundle of auto they are added as auto stores each by itself. Their errors are measured. Nothing that the bundle
+    holds is changed.
     """
     with render.progress() as progress:
         changed, inputs = join.add(

@@ -146,7 +146,8 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> No
     (tmp_path / FILE).write_bytes(b"not a database, but longer than its header would be" * 100)
     before = (tmp_path / FILE).read_bytes()
     with pytest.raises(
-        TargetError, match=rf"{FILE} cannot be used: .* \(delete it, or name another: --cache, of a transfer --work\)"
+        TargetError,
+        match=rf"{FILE} cannot be used: .* \(delete it, or name another: --cache, of a transfer --work\)",
     ):
         Cache(tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
