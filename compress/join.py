@@ -55,8 +55,8 @@ def add(
     Args:
         path: the bundle.
         paths: as for `compress`.
-        max_error: bound on err of every new adapter, and but for auto of its every module; by default the bundle's own bound, else the worst error
-            that one of its adapters has already.
+        max_error: bound on err of every new adapter, and but for auto of its every module; by default the bundle's own
+            bound, else the worst error that one of its adapters has already.
         base: accept adapters of another base string.
         skip_bad: leave adapters with defects out.
     Returns:
