@@ -130,8 +130,8 @@ class Spec:
         for name in ("rank", "energy", "clusters", "bits", "core_bits", "basis_bits"):
             if getattr(self, name) is not None:
                 raise UsageError(f"auto decides {name.replace('_', '-')} by itself (leave it out)")
-        if self.ratio is not None and not 0 < self.ratio < float("inf"):
-            raise UsageError(f"ratio must be above 0, not {self.ratio}")
+        if self.ratio is not None and not 1 <= self.ratio < float("inf"):
+            raise UsageError(f"ratio must be at least 1, not {self.ratio}")
         if self.budget is not None and self.budget < 1:
             raise UsageError(f"budget must be at least 1 byte, not {self.budget}")
 

@@ -78,7 +78,7 @@ class Choice:
         return f"{self.kind}: {'; '.join(told)}; what is shared takes {part} of the bytes"
 
     def _shared(self, name: str, side: SideChoice) -> str:
-        """31 of 45 adapters share the right side: 16 columns, 3 bits."""
+        """31 of 45 adapters share the right side, in half of their modules or more: 16 columns, 3 bits."""
         many = f"{_number(side.bases)} bases of " if side.bases > 1 else ""
         what = f"{many}{_number(side.width, 'column')}, {_number(side.bits or 0, 'bit')}"
         if not side.adapters:
@@ -87,7 +87,8 @@ class Choice:
         users = f"{side.adapters} of {self.adapters} adapters {verb}"
         if side.adapters == self.adapters:
             users = "the adapter shares" if self.adapters == 1 else f"all {self.adapters} adapters share"
-        return f"{users} {name}: {what}"
+        where = "" if side.used * self.adapters >= side.adapters else ", in half of their modules or more"
+        return f"{users} {name}{where}: {what}"
 
     def _own(self) -> str:
         left, right = (_number(side.own_bits or 0, "bit") for side in (self.left, self.right))

@@ -50,7 +50,10 @@ def test_a_kind_by_hand() -> None:
     assert (k.modules, k.adapters) == (1, 1)
     assert (k.left.columns, k.left.adapters, k.right.adapters) == (4, 1, 1)
     assert (k.left.own_bits, k.right.own_bits) == (3, 0)
-    assert "2 of 3 adapters share the right side: 16 columns, 3 bits; what is shared" in q.sentence
+    assert (
+        "2 of 3 adapters share the right side, in half of their modules or more: 16 columns, 3 bits; what"
+        in q.sentence
+    )
     assert k.sentence.startswith(
         "k: the adapter shares the right side: 16 columns, 3 bits; the adapter shares the left side: 4 columns"
     )
