@@ -28,8 +28,9 @@ def locate(base: str) -> Path:
             path = Path(snapshot_download(name, revision=revision or None, allow_patterns=MODEL_FILES))
         except Exception as error:  # the client lets through what its HTTP library raises
             remedy = "check the name and the network, or download it and give the directory"
+            why = str(error).strip().partition("\n")[0]
             raise InputError(
-                [Defect(base, problem=f"the Hub does not give it: {error}", remedy=remedy)]
+                [Defect(base, problem=f"the Hub does not give it: {why}", remedy=remedy)]
             ) from error
     if not path.exists():
         remedy = "a base model is a directory, or a Hub id (org/name)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -14,7 +15,9 @@ from lorazip.errors import LorazipError, TargetError, TransferError, UsageError
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.cache import Cache
 from lorazip.eval.session import Engine, Progress
-from lorazip.transfer import discriminator, distill, slots, synthesize, texts
+from lorazip.files import write_bytes
+from lorazip.peft_config import CONFIG_FILE
+from lorazip.transfer import discriminator, distill, publish, slots, synthesize, texts
 from lorazip.transfer.discriminator import Record
 from lorazip.transfer.distill import ADAPTER
 from lorazip.transfer.recipe import Inputs, Training
@@ -97,6 +100,9 @@ def train(
             right / (len(real_out) + len(false_out)),
             len(real_out) + len(false_out),
         )
+        config = json.loads((folder / ADAPTER / CONFIG_FILE).read_bytes())
+        config["base_model_name_or_path"] = publish.shown(base)  # no path of this machine
+        write_bytes(folder / ADAPTER / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
         discriminator.write_record(folder / ADAPTER, record)
         shutil.move(folder / ADAPTER, output)
         return {"schema": discriminator.SCHEMA, **asdict(record)}
