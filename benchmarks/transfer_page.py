@@ -221,6 +221,7 @@ def _fixed(rows: Sequence[Row], chosen: str) -> list[str]:
         f"{100 * compare.macro(expert).estimate:.1f} %, the target bases {100 * compare.macro(base).estimate:.1f} %. "
         f"Against the source adapters {_interval(compare.difference(moved, expert))} points, against the bases "
         f"{_interval(compare.difference(moved, base))}.",
+        *_by_direction(have, moved, expert),
         "",
         "| task | | against target base, points | token loss, base → moved | against source adapter, points |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -242,6 +243,25 @@ def _fixed(rows: Sequence[Row], chosen: str) -> list[str]:
         )
     lines += ["", f"Below the target base, by score (interval) or by token loss: {worse} of {len(have)}."]
     lines += ["", *_oracle(rows)]
+    return lines
+
+
+def _by_direction(
+    rows: Sequence[Row], moved: Sequence[list[float]], expert: Sequence[list[float]]
+) -> list[str]:
+    """The means of either direction, where both were measured."""
+    names = list(dict.fromkeys(row["setting"]["direction"] for row in rows))
+    lines = []
+    for name in names if len(names) > 1 else ():
+        mine, theirs = (
+            [values for row, values in zip(rows, some, strict=True) if row["setting"]["direction"] == name]
+            for some in (moved, expert)
+        )
+        lines += [
+            "",
+            f"{name}: {100 * compare.macro(mine).estimate:.1f} %, the source adapters "
+            f"{100 * compare.macro(theirs).estimate:.1f} %; {_interval(compare.difference(mine, theirs))} points.",
+        ]
     return lines
 
 
