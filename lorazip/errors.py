@@ -5,7 +5,7 @@ Exit codes (docs: README): 0 ok, 1 a check failed, 2 usage or bad input, 3 could
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -33,6 +33,23 @@ class Defect:
         return f"{where}: {printable(self.problem)}{remedy}"
 
 
+ALIKE = 3  # defects of one adapter that only differ in their place are all told; of more, one and how many
+
+
+def told(defects: Iterable[Defect]) -> list[str]:
+    """A line for each defect, in order; of many that are alike, the first and a count of the others."""
+    alike: dict[tuple[str, str, str], list[Defect]] = {}
+    for defect in defects:
+        alike.setdefault((defect.adapter, defect.problem, defect.remedy), []).append(defect)
+    lines: list[str] = []
+    for (adapter, *_), group in alike.items():
+        if len(group) <= ALIKE:
+            lines += map(str, group)
+        else:
+            lines += [str(group[0]), f"{printable(adapter)}: {len(group) - 1} more like it"]
+    return lines
+
+
 def printable(text: str) -> str:
     """Names come from untrusted files: escape control characters so that they cannot rewrite a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -49,11 +66,11 @@ class UsageError(LorazipError):
 
 
 class InputError(LorazipError):
-    """One or more adapters cannot be used; `defects` lists all of them."""
+    """One or more adapters cannot be used; `defects` lists all of what is wrong."""
 
     def __init__(self, defects: Sequence[Defect]):
         self.defects = tuple(sorted(defects))
-        super().__init__("\n".join(str(defect) for defect in self.defects))
+        super().__init__("\n".join(told(self.defects)))
 
 
 class RankError(LorazipError):

@@ -430,6 +430,16 @@ def test_all_defects_are_listed_before_anything_is_written(
     assert len(found.json["skipped"]) == 5
 
 
+def test_what_is_wrong_with_every_module_is_told_once(
+    make_adapter: MakeAdapter, zoo: Path, lorazip: Run
+) -> None:
+    make_adapter("zoo/elk", use_dora=True)  # without magnitudes, in six modules
+    ended = lorazip("compress", zoo, "-o", "team")
+    lines = [line for line in ended.err.splitlines() if "elk" in line]
+    assert ended.code == 2 and len(lines) == 2
+    assert "the magnitude vector is missing" in lines[0] and lines[1].endswith("elk: 5 more like it")
+
+
 def test_only_bad_adapters_cannot_be_skipped(make_adapter: MakeAdapter, zoo: Path, lorazip: Run) -> None:
     (zoo / "gnu").mkdir()
     (zoo / "gnu" / "adapter_config.json").write_text("{")

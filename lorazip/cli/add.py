@@ -9,6 +9,7 @@ import click
 from lorazip import units
 from lorazip.cli import render
 from lorazip.compress import join
+from lorazip.errors import told
 
 
 @click.command(epilog="Example: lorazip add team.lorazip adapters/customer-8")
@@ -48,8 +49,8 @@ def add(
             {"added": rows, "fallbacks": fallbacks, "skipped": skipped, "bundle_bytes": changed.nbytes}
         )
         return
-    for defect in inputs.skipped:
-        click.echo(f"skipped: {defect}", err=True)
+    for line in told(inputs.skipped):
+        click.echo(f"skipped: {line}", err=True)
     for record in records:
         click.echo(f"{record.name}: error {record.error:.4f}, {units.size(record.file.nbytes)}")
     click.echo(f"{bundle}: {units.counted(len(changed.names), 'adapter')}, {units.size(changed.nbytes)}; "

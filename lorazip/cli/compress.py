@@ -12,7 +12,7 @@ from lorazip.codecs import CODECS
 from lorazip.compress import job
 from lorazip.compress.methods import NAMES
 from lorazip.compress.spec import Spec
-from lorazip.errors import TargetError, UsageError
+from lorazip.errors import TargetError, UsageError, told
 
 BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 
@@ -160,8 +160,8 @@ def compress(
     if as_json:
         render.as_json(figures)
         return
-    for defect in outcome.inputs.skipped:
-        click.echo(f"skipped: {defect}", err=True)
+    for line in told(outcome.inputs.skipped):
+        click.echo(f"skipped: {line}", err=True)
     adapters, modules = len(outcome.inputs.adapters), len(outcome.modules)
     click.echo(
         f"{units.counted(adapters, 'adapter')}, {units.counted(modules, 'module')}: "

@@ -11,7 +11,7 @@ from lorazip import units
 from lorazip.cli import render
 from lorazip.compress import survey
 from lorazip.compress.spec import Spec
-from lorazip.errors import InputError
+from lorazip.errors import InputError, told
 from lorazip.sources import examine
 
 
@@ -101,6 +101,6 @@ def inspect(paths: tuple[str, ...], base: str | None, device: str, as_json: bool
             click.echo(f"{adapter.name}: carried as they are: {', '.join(sorted(adapter.extras))}")
     for group in measured.groups:
         click.echo(f"one shared start ({len(group)}): {', '.join(group)}")
-    for defect in defects:
-        click.echo(f"refused: {defect}")
+    for line in told(defects):
+        click.echo(f"refused: {line}")
     sys.exit(1 if defects else 0)

@@ -14,7 +14,7 @@ from lorazip.cli import render
 from lorazip.compress import sweep
 from lorazip.compress.spec import Spec
 from lorazip.compress.sweep import Frontier, Judge, Judgement, Point
-from lorazip.errors import UsageError
+from lorazip.errors import UsageError, told
 from lorazip.eval.job import evaluate
 from lorazip.eval.results import ORIGINAL, Interval
 from lorazip.sources import Inputs
@@ -82,8 +82,8 @@ def _judge(model: str, tasks: Sequence[str], progress: render.Report) -> Judge:
 
 
 def _show(found: Frontier, output: Path | None) -> None:
-    for defect in found.inputs.skipped:
-        click.echo(f"skipped: {defect}", err=True)
+    for line in told(found.inputs.skipped):
+        click.echo(f"skipped: {line}", err=True)
     click.echo(
         f"{units.counted(len(found.inputs.adapters), 'adapter')}, "
         f"{units.counted(len(found.inputs.modules), 'module')}, {units.size(found.original_bytes)}; "

@@ -12,7 +12,7 @@ from lorazip.bundle import Bundle
 from lorazip.cli import render
 from lorazip.compress import check
 from lorazip.compress.spec import Spec
-from lorazip.errors import BundleError, printable
+from lorazip.errors import BundleError, printable, told
 from lorazip.sources import open_adapters
 
 NAMED = 8  # adapters that were not compared
@@ -39,7 +39,7 @@ def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, 
     if against and not problems:
         with render.progress() as progress:
             inputs = open_adapters(list(against), base=opened.manifest.base, skip_bad=skip_bad)
-            skipped = [str(defect) for defect in inputs.skipped]
+            skipped = told(inputs.skipped)
             compared = check.compare(opened, inputs.adapters, place, progress)
     found = {"bundle": {p.file: p.problem for p in problems}, "strays": opened.strays()}
     bad = [c for c in compared if c.problems]
@@ -65,15 +65,15 @@ def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, 
             for c in compared
         ]
         render.table("", ["adapter", "recorded error", "measured error", "verdict"], rows_)
-        for defect in skipped:
-            click.echo(f"skipped: {defect}", err=True)
+        for line in skipped:
+            click.echo(f"skipped: {line}", err=True)
     if bad:
         raise BundleError(f"{bundle}: {units.counted(len(bad), 'adapter')} not as recorded")
     if rest:
         more = f", {NAMED} of them: " if len(rest) > NAMED else ": "
-        told = printable(", ".join(rest[:NAMED]))
+        names = printable(", ".join(rest[:NAMED]))
         click.echo(
-            f"not compared, for their originals are not there: {units.counted(len(rest), 'adapter')}{more}{told}"
+            f"not compared, for their originals are not there: {units.counted(len(rest), 'adapter')}{more}{names}"
         )
     click.echo(f"{bundle}: ok, {units.counted(len(opened.names), 'adapter')}, {opened.nbytes} bytes checked")
 
