@@ -76,6 +76,7 @@ class Group:
     def commands(self, script: str) -> list[str]:
         """That measure it."""
         alike: dict[str, list[str]] = {}
+        directions = {row["setting"]["direction"] for row in self.rows}
         for row in self.rows:
             setting = row["setting"]
             flags = f"--count {setting['count']} --epochs {setting['epochs']} --limit {setting['limit']}"
@@ -87,6 +88,8 @@ class Group:
                 f" --rates {' '.join(f'{rate:g}' for rate in setting['rates'])} --dtype {setting['dtype']}"
             )
             flags += f" --seed {setting['seed']}"
+            if len(directions) == 1:
+                flags += f' --direction "{setting["direction"]}"'
             alike.setdefault(flags, []).append(setting["task"])
         return [
             f"{script} {flags}" + "".join(f" --task {name}" for name in dict.fromkeys(names))

@@ -226,6 +226,25 @@ def test_unfinished_and_empty_answers_are_counted(school: School) -> None:
     assert Counter(one.input for one in school.read(move)) == Counter(inputs(20)[::3])
 
 
+def test_answer_whose_end_is_the_last_token_allowed_is_finished(school: School) -> None:
+    move, _ = school.label(plainly, inputs(9), label={"new_tokens": len(answer_of("q000"))})
+    assert move.known("label")["answers"] == {"kept": 9, "unfinished": 0, "empty": 0}
+
+
+def test_options_that_are_not_used_redo_nothing(school: School) -> None:
+    world = school.world(plainly)
+
+    def key(**tables: dict[str, Any]) -> str:
+        return teach.key(school.move(world, inputs(4), **tables), world)
+
+    assert key() == key(label={"top_k": 8}) == key(filter={"keep_samples": 0.3, "keep_tokens": 0.2})
+    logits = {"loss": "logits"}
+    assert key(train=logits) != key(train=logits, label={"top_k": 8})
+    excess = {"kind": "excess"}
+    assert key(filter=excess) != key(filter=excess | {"keep_samples": 0.3})
+    assert key(filter=excess) == key(filter=excess | {"keep_tokens": 0.3})  # of answers' tokens: learn.key
+
+
 def test_answer_cut_by_the_context_is_unfinished(school: School) -> None:
     long = "y" * (school.base.context - 6)  # with "=" after it, five tokens are left
 
