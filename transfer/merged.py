@@ -43,7 +43,8 @@ def _merge(world: World, adapter: Path, target: Path) -> None:
 
     base = world.target.path
     model: Any = hf.load(base, world.engine.dtype, world.engine.device)
-    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(str(target))
+    whole = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False)
+    whole.merge_and_unload().save_pretrained(str(target))
     for file in base.iterdir():
         weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
         if file.is_file() and not weights and not (target / file.name).exists():

@@ -381,7 +381,7 @@ def test_a_primary_metric_lies_between_0_and_1(world: World, cache: Cache, tmp_p
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UsageError, match=r"pip install 'lorazip\[lm-eval\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[lm-eval\]'"):
         harness.find(["arc_easy"])
 
 

