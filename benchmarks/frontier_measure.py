@@ -34,7 +34,13 @@ from lorazip.errors import UndecidedError
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-OTHER = ("check", "join", "sweep", "sweep_plot")  # of compress/: other commands
+OTHER = (
+    "check",
+    "choices",
+    "join",
+    "sweep",
+    "sweep_plot",
+)  # other commands, and the words for what was chosen
 PUBLISHED = (
     "allocate", "assemble", "cluster", "encode", "frame", "joint", "lowrank", "mean", "methods", "own",
     "quantize", "subspace", "svd",
@@ -44,7 +50,7 @@ PUBLISHED = (
 def code(method: str) -> str:
     """Version of lorazip and a digest of the sources behind a method, without their comments and layout.
 
-    auto: the core and compress/, but for what no compression runs through; the others: what they compute with, and how
+    auto: the core and compress/, but for what makes no bundle; the others: what they compute with, and how
     it is stored. As they are when this is first asked: a long run does not see what is edited meanwhile.
     """
     return _code(method == "auto")
@@ -54,8 +60,8 @@ def code(method: str) -> str:
 def _code(auto: bool) -> str:
     paths = [ROOT / "lorazip" / name for name in ("codecs.py", "quantized.py", "terms.py", "manifest.py")]
     if auto:
-        compress = [path for path in (ROOT / "compress").glob("*.py") if path.stem not in OTHER]
-        paths = [*(ROOT / "lorazip").glob("*.py"), *compress]
+        paths = [*(ROOT / "lorazip").glob("*.py"), *(ROOT / "compress").glob("*.py")]
+        paths = [path for path in paths if path.stem not in OTHER]
         paths += (ROOT / "lorazip").glob("*.safetensors")
     else:
         paths += [ROOT / "compress" / f"{name}.py" for name in PUBLISHED]

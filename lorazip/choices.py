@@ -87,7 +87,9 @@ class Choice:
         users = f"{side.adapters} of {self.adapters} adapters {verb}"
         if side.adapters == self.adapters:
             users = "the adapter shares" if self.adapters == 1 else f"all {self.adapters} adapters share"
-        where = "" if side.used * self.adapters >= side.adapters else ", in half of their modules or more"
+        where = (
+            "" if side.used * self.adapters > side.adapters - 1e-6 else ", in half of their modules or more"
+        )
         return f"{users} {name}{where}: {what}"
 
     def _own(self) -> str:

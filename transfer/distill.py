@@ -261,7 +261,7 @@ def _resumed(folder: Path) -> tuple[str | None, _Log]:
             if best and not (Path(best) / STATE).is_file():
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            if best != told:
+            if best != told and _first():
                 write_bytes(path / STATE, json.dumps(state | {"best_model_checkpoint": best}).encode())
             return str(path), log
         except (OSError, ValueError, KeyError, TypeError):

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorazip import names
 from lorazip.bundle import MANIFEST, Bundle
 from lorazip.errors import Defect, InputError, LorazipError, TargetError, TransferError, UsageError, printable
-from lorazip.eval import rows
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import HasFactors, digest
 from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.files import locked
 from lorazip.sources import open_adapters
-from lorazip.transfer import assess, fits, gather, learn, probe, publish, teach, texts, warm
+from lorazip.transfer import assess, fits, gather, learn, probe, publish, recipe_table, teach, texts, warm
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer.assess import Judged
 from lorazip.transfer.move import STAGES, STATE, Move, alive, pending
@@ -36,17 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Stage = Literal["probe", "synthesise", "filter", "label", "train", "evaluate", "gate"]
-COLUMNS = {
-    "adapter": ("source", "adapter"),
-    "name": ("source", "name"),
-    "definition": ("inputs", "definition"),
-    "seeds": ("inputs", "seeds"),
-    "prompts": ("inputs", "prompts"),
-    "discriminator": ("filter", "discriminator"),
-    "tests": ("gate", "tests"),
-}  # of a table of many adapters -> table and key of the recipe
-LINE = '{"adapter": "…", "seeds": "…"}'  # of a table
-_FILES = ("adapter", "seeds", "prompts", "discriminator", "tests")
 
 
 @dataclass(frozen=True)
@@ -75,89 +63,6 @@ class Moved:
             "gate": None if self.judged is None else dataclasses.asdict(self.judged),
             "error": None if self.error is None else str(self.error),
         }
-
-
-def recipes_of(
-    tables: Mapping[str, Any], table: Path | None, where: str = "recipe", *, probed: bool = False
-) -> list[Recipe]:
-    """The recipe, or one for every line of a table of adapters.
-
-    Args:
-        tables: TOML tables, see `recipe.parse`.
-        table: JSON lines, with columns of `COLUMNS`; paths in it are relative to it.
-        probed: they are only for the stage `probe`, which needs no inputs.
-    Raises:
-        UsageError: the recipe is not as it should be, or two names of the table are alike; InputError: the table cannot
-            be read, or lines are not as they should be: all of them, up to one that is no JSON.
-    """
-    if table is None:
-        return [recipes.parse(tables, where, probed=probed)]
-    found: list[Recipe] = []
-    wrong: list[Defect] = []
-    try:
-        for number, row in rows.lines(table):
-            line = f"{table}: line {number}"
-            problem, remedy = _problem(row)
-            if problem:
-                wrong.append(Defect(line, problem=problem, remedy=remedy))
-                continue
-            try:
-                found.append(recipes.parse(_with(tables, row, table.parent), line, probed=probed))
-            except UsageError as error:  # a line of text for each key, which begins with the place
-                told = [text.removeprefix(f"{line}: ") for text in str(error).splitlines()]
-                wrong += [Defect(line, problem=text) for text in told]
-    except InputError as error:  # no JSON from here on
-        wrong += [replace(defect, remedy=LINE) for defect in error.defects]
-    if wrong:
-        raise InputError(wrong)
-    if not found:
-        raise InputError([Defect(str(table), problem="has no line", remedy=LINE)])
-    _require_different(one.source.name or Path(one.source.adapter).name for one in found)
-    return found
-
-
-def _problem(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What is wrong with a line of a table, and the way out; empty where nothing is."""
-    unknown = [name for name in row if name not in COLUMNS]
-    if unknown or not all(isinstance(value, str) for value in row.values()):
-        problem = f"{unknown[0]!r} is no column" if unknown else "holds more than texts"
-        return printable(problem), f"there are {', '.join(COLUMNS)}"
-    return ("", "") if "adapter" in row else ("names no adapter", LINE)
-
-
-def _with(tables: Mapping[str, Any], row: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """The recipe's tables with what a line says; paths in it are relative to the folder."""
-    found = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
-    for name, value in row.items():
-        if name in _FILES and value:
-            value = recipes.beside(folder, value, name)
-        section, key = COLUMNS[name]
-        if isinstance(found.setdefault(section, {}), dict):  # else parse says what it is
-            found[section][key] = value
-    return found
-
-
-def _require_different(chosen: Iterable[str]) -> None:
-    for name, group in names.twins(chosen).items():
-        given = printable(", ".join(group))
-        raise UsageError(f"two transfers are called {printable(name)} ({given}): give names in the table")
-
-
-def run(tables: Mapping[str, Any], output: Path, *, table: Path | None = None, **options: Any) -> list[Moved]:
-    """Move what a recipe says to a new base: the Python face of `lorazip transfer`.
-
-    Args:
-        tables: of the recipe.
-        output: PEFT directory to make; with a table, a directory of them.
-        table: many adapters, see `recipes_of`.
-        options: see `move`.
-    Returns:
-        What became of each; in a job of one adapter an error is raised instead.
-    """
-    found = move(recipes_of(tables, table), output, many=table is not None, **options)
-    if table is None and found[0].error is not None:
-        raise found[0].error
-    return found
 
 
 def move(
@@ -314,7 +219,7 @@ def _moves(
             if not many:
                 raise
             lost.append(Moved(name, None, {}, None, error))
-    _require_different(move.name for move in found)
+    recipe_table.require_different(move.name for move in found)
     return found, lost
 
 

@@ -114,9 +114,8 @@ class World:
                 actings.append(Acting(key, adapter, getattr(adapter, "directory", None), digest(adapter)))
                 answer = mine.answer if isinstance(mine, Forced) else ()
                 tokens = (*mine.prompt, *answer)
-                canaries.append(
-                    tokens if len(tokens) > 1 else tokens * 2
-                )  # it is shown one, and scores the next
+                # An adapter is shown the first token and scored on the rest.
+                canaries.append(tokens if len(tokens) > 1 else tokens * 2)
         longest = max((_length(call) for one in asks for call in one.calls), default=1)
         with Session(
             base.path, base.tokenizer, actings, canaries, self.engine, self.cache, longest, self.progress

@@ -12,8 +12,7 @@ from lorazip import units
 from lorazip.cli import render
 from lorazip.errors import TransferError, printable
 from lorazip.eval import session
-from lorazip.transfer import job, train_discriminator
-from lorazip.transfer import recipe as recipes
+from lorazip.transfer import job, recipe_file, recipe_table, train_discriminator
 
 HELP = {"help_option_names": ["-h", "--help"]}
 POOR = 0.75  # accuracy of a discriminator, below which it refuses by chance; Trans-LoRA asks for 0.9
@@ -87,7 +86,7 @@ _FLAGS = {
 def _tables(options: dict[str, Any]) -> dict[str, Any]:
     """The recipe file, with flags and --set on top."""
     path = options["recipe"]
-    tables = recipes.overridden(recipes.read(path) if path else {}, options["settings"])
+    tables = recipe_file.overridden(recipe_file.read(path) if path else {}, options["settings"])
     for flag, place in _FLAGS.items():
         if options.get(flag) is not None:
             table, _, key = place.partition(".")
@@ -100,7 +99,7 @@ def _tables(options: dict[str, Any]) -> dict[str, Any]:
 def _run(until: job.Stage, options: dict[str, Any], **more: Any) -> None:
     engine = session.engine(options["backend"], options["dtype"], options["device"])
     where = str(options["recipe"] or "options")
-    parsed = job.recipes_of(_tables(options), options["table"], where, probed=until == "probe")
+    parsed = recipe_table.recipes_of(_tables(options), options["table"], where, probed=until == "probe")
     many = options["table"] is not None
     with render.progress() as progress:
         moved = job.move(
@@ -270,7 +269,9 @@ _stage("evaluate", """Ask all arms the gate's questions.""")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole recipe, defaults too.")
 def validate(recipe: Path, table: Path | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Check a recipe without running it: keys, types, ranges. No model is opened."""
-    found = job.recipes_of(recipes.overridden(recipes.read(recipe), settings), table, str(recipe))
+    found = recipe_table.recipes_of(
+        recipe_file.overridden(recipe_file.read(recipe), settings), table, str(recipe)
+    )
     if as_json:
         render.as_json([one.document() for one in found])
         return

@@ -12,7 +12,7 @@ from lorazip.bundle import Bundle
 from lorazip.cli import render
 from lorazip.compress import check
 from lorazip.compress.spec import Spec
-from lorazip.errors import BundleError, printable, told
+from lorazip.errors import BundleError, Defect, printable, told
 from lorazip.sources import open_adapters
 
 NAMED = 8  # adapters that were not compared
@@ -35,11 +35,11 @@ def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, 
     opened, place = Bundle.open(bundle), Spec(device=device).torch_device()
     problems = opened.verify()
     compared: list[check.Comparison] = []
-    skipped: list[str] = []
+    skipped: tuple[Defect, ...] = ()
     if against and not problems:
         with render.progress() as progress:
             inputs = open_adapters(list(against), base=opened.manifest.base, skip_bad=skip_bad)
-            skipped = told(inputs.skipped)
+            skipped = inputs.skipped
             compared = check.compare(opened, inputs.adapters, place, progress)
     found = {"bundle": {p.file: p.problem for p in problems}, "strays": opened.strays()}
     bad = [c for c in compared if c.problems]
@@ -50,7 +50,13 @@ def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, 
             for c in compared
         ]
         render.as_json(
-            {"ok": not (problems or bad), **found, "adapters": rows, "not_compared": rest, "skipped": skipped}
+            {
+                "ok": not (problems or bad),
+                **found,
+                "adapters": rows,
+                "not_compared": rest,
+                "skipped": list(map(str, skipped)),
+            }
         )
         sys.exit(1 if problems or bad else 0)
     for stray in opened.strays():
@@ -65,7 +71,7 @@ def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, 
             for c in compared
         ]
         render.table("", ["adapter", "recorded error", "measured error", "verdict"], rows_)
-        for line in skipped:
+        for line in told(skipped):
             click.echo(f"skipped: {line}", err=True)
     if bad:
         raise BundleError(f"{bundle}: {units.counted(len(bad), 'adapter')} not as recorded")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of training: tiny bases, and fits on them."""
+"""Fixtures of the tests of transfers and of training: tiny bases, and fits on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ import tiny
 import torch
 import transformers
 from distilling import HELD_OUT, SPEC, TRAIN, Whole, shape
+from moving import SEEDS, Place
 from transformers import PreTrainedModel
 
 from lorazip.transfer import distill
 from lorazip.transfer.distill import Fitted
 from lorazip.transfer.recipe import Training
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("transfer")
+    source, target = tiny.make_base(root / "source"), tiny.make_base(root / "target", seed=7)
+    adapter = tiny.make_adapters(root / "zoo", ["ant"])[0]
+    tests = tiny.make_tasks(root / "tasks", source, [adapter], n=16)
+    seeds = root / "seeds.txt"
+    seeds.write_text("".join(f"{seed}\n" for seed in SEEDS))
+    return Place(source, target, adapter, seeds, tests / "ant.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -90,37 +90,42 @@ def test_killed_fit_ends_when_the_whole_one_does(
     assert_same(tmp_path / "killed", folder)
 
 
-@pytest.mark.parametrize("before", ["_save", "write_bytes"])
-def test_killed_before_it_was_saved(
-    fit: Callable[..., Fitted], whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
-) -> None:
+@pytest.fixture
+def unsaved(
+    fit: Callable[..., Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """The folder of a fit that was killed when it had only to be saved."""
+
     def kill(*told: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, before, kill)
-        with pytest.raises(KeyboardInterrupt):
+    def unsaved(before: str = "_save") -> Path:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(distill, before, kill)
             fit("killed", ENDING)
+        return tmp_path / "killed"
+
+    return unsaved
+
+
+@pytest.mark.parametrize("before", ["_save", "write_bytes"])
+def test_killed_before_it_was_saved(
+    fit: Callable[..., Fitted], whole: Whole, unsaved: Callable[..., Path], before: str
+) -> None:
+    left = unsaved(before)
     seen = Killer()
     found = fit("killed", ENDING, progress=seen)
     folder, expected = whole(ENDING)
     assert seen.told == []
     assert replace(found, seconds=0) == replace(expected, seconds=0)
-    assert_same(tmp_path / "killed", folder)
+    assert_same(left, folder)
 
 
 def test_killed_fit_in_a_folder_that_was_moved_saves_its_best(
-    fit: Callable[..., Fitted], whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: Callable[..., Fitted], whole: Whole, unsaved: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The Trainer knows the best checkpoint by its path; nothing is left to be trained."""
-
-    def kill(*told: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "_save", kill)
-        fit("killed", ENDING)
-    (tmp_path / "killed").rename(tmp_path / "elsewhere")
+    unsaved().rename(tmp_path / "elsewhere")
     folder, expected = whole(ENDING)
     assert expected.best < len(expected.errors) - 1
     assert replace(fit("elsewhere", ENDING), seconds=0) == replace(expected, seconds=0)
@@ -128,20 +133,14 @@ def test_killed_fit_in_a_folder_that_was_moved_saves_its_best(
 
 
 def test_killed_fit_whose_best_is_gone_begins_anew(
-    fit: Callable[..., Fitted], whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: Callable[..., Fitted], whole: Whole, unsaved: Callable[..., Path]
 ) -> None:
-    def kill(*told: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "_save", kill)
-        fit("killed", ENDING)
-    run = tmp_path / "killed" / "run"
-    best, _ = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    left = unsaved()
+    best, _ = sorted((left / "run").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     shutil.rmtree(best)
     fit("killed", ENDING)
     folder, _ = whole(ENDING)
-    assert_same(tmp_path / "killed", folder)
+    assert_same(left, folder)
 
 
 def test_time_of_all_parts_is_counted(fit: Callable[..., Fitted], monkeypatch: pytest.MonkeyPatch) -> None:

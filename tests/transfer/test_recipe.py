@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorazip.errors import InputError, UsageError
-from lorazip.transfer import job
 from lorazip.transfer import recipe as recipes
+from lorazip.transfer import recipe_file, recipe_table
 from lorazip.transfer.recipe import Recipe
 
 LEAST: dict[str, dict[str, Any]] = {
@@ -214,7 +214,7 @@ def test_toml_gives_the_recipe_back(tmp_path_factory: pytest.TempPathFactory, re
     path = tmp_path_factory.getbasetemp() / "round" / "trip.toml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(toml(recipe.document()), encoding="utf-8", newline="")
-    assert recipes.parse(recipes.read(path)) == recipe
+    assert recipes.parse(recipe_file.read(path)) == recipe
 
 
 def test_target_is_prompted_as_the_source_unless_told() -> None:
@@ -228,7 +228,7 @@ def test_target_is_prompted_as_the_source_unless_told() -> None:
 
 def test_settings_override_the_file() -> None:
     file = tables(train__rank=4)
-    found = recipes.overridden(
+    found = recipe_file.overridden(
         file,
         [
             "train.rank=16",
@@ -247,7 +247,7 @@ def test_settings_override_the_file() -> None:
     assert found["source"]["name"] == "12" and found["source"]["template"] == "{input}="
     assert found["target"]["chat"] is True and found["filter"] == {"kind": "none"}
     assert file == tables(train__rank=4)  # a copy
-    assert complaints(recipes.overridden(file, ["trian.rank=1"])) == [
+    assert complaints(recipe_file.overridden(file, ["trian.rank=1"])) == [
         "unknown table [trian] (did you mean train?)"
     ]
 
@@ -255,12 +255,12 @@ def test_settings_override_the_file() -> None:
 @pytest.mark.parametrize("setting", ["rank=4", "train.rank", "=4", ".rank=4", "train.=4", "", "train rank"])
 def test_setting_of_another_form_is_refused(setting: str) -> None:
     with pytest.raises(UsageError, match=r"TABLE\.KEY=VALUE"):
-        recipes.overridden({}, [setting])
+        recipe_file.overridden({}, [setting])
 
 
 def test_a_definition_is_never_repeated() -> None:
     with pytest.raises(UsageError) as refused:
-        recipes.overridden({}, ["definition=SECRET"])
+        recipe_file.overridden({}, ["definition=SECRET"])
     assert "SECRET" not in str(refused.value) and "definition" in str(refused.value)
     (said,) = complaints(tables(inputs__definition=["SECRET"]))
     assert said.startswith("inputs.definition must be a text") and "SECRET" not in said
@@ -279,7 +279,7 @@ def test_paths_are_relative_to_the_recipe_and_hub_ids_stay(
         '[source]\nbase = "org/old"\nadapter = "zoo/ant"\nname = "seeds.txt"\n[target]\nbase = "org/new"\n'
         f'[inputs]\nseeds = "{folder / "seeds.txt"}"\nprompts = "seeds.txt"\ngenerator = "target"\n'
     )
-    found = recipes.parse(recipes.read(path))
+    found = recipes.parse(recipe_file.read(path))
     assert found.source.base == "org/old" and found.target.base == "org/new"
     assert Path(found.source.adapter) == folder / "zoo" / "ant"
     assert found.source.name == "seeds.txt"  # no path
@@ -295,7 +295,7 @@ def test_file_of_the_working_directory_is_not_meant(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(here)
     path = tmp_path / "recipes" / "move.toml"
     path.write_text('[source]\nbase = "org/old"\nadapter = "ant"\n[inputs]\nseeds = "seeds.txt"\n')
-    found = recipes.read(path)
+    found = recipe_file.read(path)
     assert found["source"] == {"base": str(path.parent / "org/old"), "adapter": str(path.parent / "ant")}
     assert found["inputs"] == {"seeds": str(path.parent / "seeds.txt")}
 
@@ -304,7 +304,7 @@ def test_names_of_a_table_are_different(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     table.write_text('{"adapter": "a/ant"}\n{"adapter": "b/Ant"}\n')
     with pytest.raises(UsageError, match=r"two transfers are called ant \(Ant, ant\)"):
-        job.recipes_of(LEAST, table)
+        recipe_table.recipes_of(LEAST, table)
 
 
 def test_all_bad_lines_of_a_table_are_told_at_once(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_all_bad_lines_of_a_table_are_told_at_once(tmp_path: Path) -> None:
     ]
     table.write_text("\n".join(lines))
     with pytest.raises(InputError) as caught:
-        job.recipes_of(LEAST, table)
+        recipe_table.recipes_of(LEAST, table)
     told = str(caught.value)
     assert [number for number in range(1, 6) if f"line {number}: " in told] == [1, 3, 4, 5]
     for text in (
@@ -330,10 +330,10 @@ def test_all_bad_lines_of_a_table_are_told_at_once(tmp_path: Path) -> None:
         assert told.count(text) == 1
     table.write_text('{"name": "c"}\n{"adapter": \n{"name": "d"}\n')
     with pytest.raises(InputError, match=r'line 1: names no adapter(?s:.)*line 2: cannot be read.*"adapter"'):
-        job.recipes_of(LEAST, table)
+        recipe_table.recipes_of(LEAST, table)
     table.write_text('{"adapter": "a"}\n')
     with pytest.raises(InputError, match=r"line 1: source is a table"):
-        job.recipes_of(tables() | {"source": 3}, table)
+        recipe_table.recipes_of(tables() | {"source": 3}, table)
 
 
 def test_prompts_alone_are_all_there_is(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_prompts_alone_are_all_there_is(tmp_path: Path) -> None:
     assert recipes.parse(tables(inputs__seeds="", inputs__prompts="p.txt")).inputs.count == 0
     table = tmp_path / "table.jsonl"
     table.write_text('{"adapter": "a", "prompts": "p.txt", "seeds": ""}\n{"adapter": "b"}\n')
-    assert [one.inputs.count for one in job.recipes_of(tables(), table)] == [0, 250]
+    assert [one.inputs.count for one in recipe_table.recipes_of(tables(), table)] == [0, 250]
 
 
 @pytest.mark.parametrize("data", [b"[source\n", b"\xff\xfe", b"[a]\nb = 1\nb = 2\n", None])
@@ -350,7 +350,7 @@ def test_no_toml_is_refused_by_name(tmp_path: Path, data: bytes | None) -> None:
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(UsageError, match=r"move\.toml cannot be read as a recipe"):
-        recipes.read(path)
+        recipe_file.read(path)
 
 
 def test_digest_is_of_the_values() -> None:
