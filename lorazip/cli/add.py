@@ -53,5 +53,8 @@ def add(
         click.echo(f"skipped: {line}", err=True)
     for record in records:
         click.echo(f"{record.name}: error {record.error:.4f}, {units.size(record.file.nbytes)}")
-    click.echo(f"{bundle}: {units.counted(len(changed.names), 'adapter')}, {units.size(changed.nbytes)}; "
-               f"{units.counted(fallbacks, 'module')} with own factors")  # fmt: skip
+    # Nothing is said of own factors where the method gives every adapter its own.
+    alone = f"; {units.counted(fallbacks, 'module')} with own factors beside the bases" if fallbacks else ""
+    click.echo(
+        f"{bundle}: {units.counted(len(changed.names), 'adapter')}, {units.size(changed.nbytes)}{alone}"
+    )
