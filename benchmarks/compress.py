@@ -73,12 +73,16 @@ def run(directory: Path, options: Sequence[str], threads: int, timeout: float) -
         return {"status": "ok", **json.loads(done.stdout)}
 
 
+def of_rank(rank: int) -> list[str]:
+    """Options of jd-full with one basis a module."""
+    return ["--method", "jd-full", "--rank", str(rank), "--clusters", "1"]
+
+
 def matching_rank(directory: Path, error: float, threads: int, timeout: float) -> int:
     """The least rank at which jd-full's mean error is at most `error`, by doubling and bisection."""
 
     def reaches(rank: int) -> bool:
-        options = ["--method", "jd-full", "--rank", str(rank), "--clusters", "1"]
-        row = run(directory, options, threads, timeout)
+        row = run(directory, of_rank(rank), threads, timeout)
         return bool(row["status"] == "ok" and row["mean_error"] <= error)
 
     low, high = 0, 1
@@ -95,7 +99,7 @@ def matching_rank(directory: Path, error: float, threads: int, timeout: float) -
 def against(directory: Path, row: dict[str, Any], threads: int, timeout: float) -> dict[str, Any]:
     """Jd-full at the error of one peer's run."""
     rank = matching_rank(directory, row["mean_error"], threads, timeout)
-    ours = run(directory, ["--rank", str(rank), "--clusters", "1"], threads, timeout)
+    ours = run(directory, of_rank(rank), threads, timeout)
     return {
         **ours,
         "name": f"jd-full, rank {rank}: at the error of {row['peer']}, {row['name']}",
