@@ -1,8 +1,9 @@
-"""Modules to encode as planned, without the job that surveys and plans them."""
+"""Options of auto, and modules to encode as planned, without the job that surveys and plans them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lorazip.adapter import LowRank
 from lorazip.compress.auto import Plan
@@ -10,6 +11,10 @@ from lorazip.compress.curves import directions
 from lorazip.compress.encode import prepare
 from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
+
+
+def spec(**options: Any) -> Spec:
+    return Spec("auto", device="cpu", **options)
 
 
 def task(name: str, factors: Sequence[LowRank], plan: Plan) -> Task:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from test_report import Page
+from browsing import Page
 
 from lorazip.eval import report
 from lorazip.eval.results import (

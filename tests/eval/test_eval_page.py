@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import Page, probe, visit
 from evaluations import FAIL, HOSTILE, PASS, failing, gated, make
-from test_report import Page, probe, visit
 
 from lorazip.errors import TargetError
 from lorazip.eval import report

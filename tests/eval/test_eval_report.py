@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from browsing import Page
 from evaluations import PASS, failing, gated, make, without_originals
-from test_report import Page
 
 from lorazip.eval import findings, report
 from lorazip.eval.results import Canary, Interval

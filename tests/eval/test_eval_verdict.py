@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from browsing import Page
 from evaluations import FAIL, PASS, UNDECIDED, about, failing, gated, make, verdict, without_originals
-from test_report import Page
 
 from lorazip.eval import report
 from lorazip.eval.results import Check

@@ -1,117 +1,24 @@
-"""The report: its numbers, its safety, and how a browser takes it."""
+"""The report: its numbers, its words and its safety."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from browsing import Page
 from handmade import MakeAdapter
+from reporting import HOSTILE, WIDE
 
 from lorazip import findings, pictures, report, units
 from lorazip.compress.job import Outcome, run
 from lorazip.compress.spec import Spec
 from lorazip.errors import Defect, TargetError
 from lorazip.kinds import columns_by_kind
-
-ZOO = Path(__file__).parents[1] / "examples" / "zoo"
-HOSTILE = '<script>alert("1")</script>'
-WIDE = {
-    f"model.layers.{layer}.self_attn.{name}": shape
-    for layer in range(12)
-    for name, shape in {"q_proj": (48, 96), "k_proj": (24, 96)}.items()
-}
-SOME = {name: shape for name, shape in WIDE.items() if "q_proj" in name}
-
-
-@pytest.fixture(scope="module")
-def made() -> dict[str, Outcome]:
-    """Outcomes that several tests look at and none changes, by name: each is made once."""
-    return {}
-
-
-@pytest.fixture
-def outcome(
-    made: dict[str, Outcome], make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
-) -> Outcome:
-    """Seven adapters with groups, fallbacks, carried tensors, absent modules, and one that is left out."""
-    if "outcome" not in made:
-        make_adapter.root = tmp_path_factory.mktemp("outcome")
-        make_varied(make_adapter)
-        spec, out = Spec("jd-full", rank=6, max_error=0.3), make_adapter.root / "out.lorazip"
-        made["outcome"] = run([make_adapter.root / "zoo"], spec, out, skip_bad=True)
-    return made["outcome"]
-
-
-def make_varied(make: MakeAdapter) -> None:
-    """The adapters of `outcome`."""
-    base: dict[str, Any] = {"base_model_name_or_path": f"org/{HOSTILE}"}
-    for name in ("a1", "a2", "a3"):
-        make(f"zoo/{name}", modules=WIDE, rank=2, a_seed=3, **base)
-    make("zoo/$x$ 日本語 & co", modules=SOME, rank=2, **base)
-    make("zoo/own", modules=WIDE, rank=3, **base)
-    make("zoo/" + "long" * 32, modules=WIDE, rank=2, **base)
-    head = {
-        f"{make.prefix}classifier.weight": torch.ones(3, 96),
-        f"{make.prefix}classifier.bias": torch.ones(3),
-    }
-    make("zoo/scored", modules=WIDE, rank=2, tensors=head, modules_to_save=["classifier"], **base)
-    bad = f"{make.prefix}model.layers.0.self_attn.q_proj.lora_A.weight"
-    make("zoo/bad", modules=WIDE, rank=2, tensors={bad: torch.full((2, 96), torch.nan)}, **base)
-
-
-@pytest.fixture
-def page(outcome: Outcome) -> str:
-    """Its page."""
-    return report.render(outcome)
-
-
-@pytest.fixture
-def dry(
-    made: dict[str, Outcome], make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
-) -> Outcome:
-    """A dry run of three plain adapters."""
-    if "dry" not in made:
-        make_adapter.root = tmp_path_factory.mktemp("dry")
-        for name in "abc":
-            make_adapter(name)
-        made["dry"] = run([make_adapter.root], Spec("jd-full", rank=4), None)
-    return made["dry"]
-
-
-class Page(HTMLParser):
-    """What a browser would see: tags with their attributes, and the text in each section."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.sections: dict[str, list[str]] = {"": []}
-        self._section = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "section":
-            self._section = dict(attrs)["id"] or ""
-            self.sections[self._section] = []
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.sections[self._section].append(data.strip())
-
-    def text(self, section: str) -> str:
-        return " ".join(self.sections[section])
 
 
 def test_bytes_are_those_on_disk(outcome: Outcome, page: str) -> None:
@@ -346,139 +253,3 @@ def test_units() -> None:
     assert [units.duration(x) for x in (4.81, 59.99, 726, 7200)] == ["4.81 s", "60.0 s", "12.1 min", "2.00 h"]
     assert units.counted(1, "adapter") == "1 adapter"
     assert units.counted(1200, "entry", "entries") == "1,200 entries"
-
-
-# In a browser
-
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--enable-logging=stderr",
-    "--v=0",
-    "--virtual-time-budget=10000",
-    "--dump-dom",
-)
-
-
-def chromium() -> str:
-    """The browser; without one the test is skipped, unless LORAZIP_REQUIRE_CHROMIUM is set."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"):
-        found = shutil.which(name)
-        if found:
-            return found
-    if os.environ.get("LORAZIP_REQUIRE_CHROMIUM"):
-        pytest.fail("LORAZIP_REQUIRE_CHROMIUM is set and there is no chromium")
-    pytest.skip("no chromium (apt-get install chromium); set LORAZIP_REQUIRE_CHROMIUM to make this an error")
-
-
-def visit(html: str, folder: Path, width: int = 1200) -> tuple[str, list[str]]:
-    """Open a page: the document after everything ran, and the lines of its console."""
-    folder.mkdir()
-    file = folder / "page.html"
-    file.write_text(html, encoding="utf-8")
-    command = [chromium(), *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
-    done = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-PROBE = """<script>
-const pictures = [...document.querySelectorAll("img, image")].map(async (node) => {
-  const picture = new Image();
-  picture.src = node.getAttribute("src") || node.getAttribute("href") || node.getAttribute("xlink:href");
-  await picture.decode();
-  return [picture.naturalWidth, picture.naturalHeight];
-});
-Promise.all(pictures).then((sizes) => {
-  const boxes = [...document.querySelectorAll("svg")].map((svg) => {
-    const box = svg.getBoundingClientRect(), drawn = svg.getBBox();
-    return [box.width, box.height, drawn.width, drawn.height];
-  });
-  const ink = getComputedStyle(document.querySelector("svg text")).fill;
-  const overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  document.title = "probe:" + JSON.stringify({sizes, boxes, ink, overflow}) + ":end";
-});
-</script>"""
-
-
-def probe(html: str, folder: Path, width: int = 1200) -> dict[str, Any]:
-    """What a browser measures in the page: pictures decoded, their places, how far the page overflows."""
-    # The page's policy would stop the probe's script.
-    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
-    scripted = html.replace("</body>", f"{PROBE}</body>")
-    dom, console = visit(scripted, folder, width)
-    assert console == []
-    found = re.search("probe:(.*?):end", dom)
-    assert found
-    return dict(json.loads(found.group(1).replace("&quot;", '"')))
-
-
-def test_browser_console_is_silent(page: str, tmp_path: Path) -> None:
-    dom, console = visit(page, tmp_path / "visit")
-    assert console == []
-    assert "</footer>" in dom
-
-
-def test_browser_would_tell(dry: Outcome, tmp_path: Path) -> None:
-    # The other tests are worth something: errors are seen, and the page's policy stops scripts and requests.
-    attack = '<script>document.title = "owned"</script><img src="https://localhost:1/x.png">'
-    dom, console = visit(report.render(dry).replace("</main>", f"{attack}</main>"), tmp_path / "visit")
-    assert len([line for line in console if "Content Security Policy" in line]) == 2
-    assert "owned</title>" not in dom
-
-
-def test_browser_decodes_all_pictures(outcome: Outcome, page: str, tmp_path: Path) -> None:
-    found = probe(page, tmp_path / "wide")
-    assert [len(outcome.modules), len(outcome.inputs.adapters)] in found["sizes"]  # a pixel a cell
-    assert len(found["sizes"]) == page.count("data:image/png")
-    assert len(found["boxes"]) == 3
-    assert all(side > 50 for box in found["boxes"] for side in box)
-    assert found["overflow"] == 0
-
-
-def test_browser_on_a_phone(page: str, tmp_path: Path) -> None:
-    assert probe(page, tmp_path / "narrow", width=500)["overflow"] == 0
-
-
-def many(outcome: Outcome, n: int, layers: int) -> Outcome:
-    """An outcome like this one with n adapters and 7 modules a layer, its errors and fallbacks invented."""
-    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    modules = tuple(f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds)
-    one = outcome.inputs.adapters[0]
-    real, info = next(iter(one.modules.items()))
-    adapters = []
-    for i in range(n):
-        adapter = copy.copy(one)
-        adapter.name = f"adapter-{i:04d}"
-        adapter.modules = dict.fromkeys(modules, info)
-        adapter.low_rank = lambda module: one.low_rank(real)  # type: ignore[method-assign]
-        adapters.append(adapter)
-    generator = torch.Generator().manual_seed(0)
-    errors = torch.rand(n, len(modules), generator=generator, dtype=torch.float64) ** 4
-    return replace(
-        outcome,
-        inputs=replace(outcome.inputs, adapters=tuple(adapters)),
-        errors=errors,
-        adapter_errors=errors.mean(1),
-        fallbacks=errors < 0.2,
-        spectra=tuple(torch.tensor([0.5, 0.3, 0.2]) for _ in modules),
-        modules=modules,
-    )
-
-
-def test_browser_takes_hundreds(dry: Outcome, tmp_path: Path) -> None:
-    begun = time.perf_counter()
-    html = report.render(many(dry, 500, 32))
-    assert time.perf_counter() - begun < 60  # 3 s on one free core
-    assert len(html.encode()) < 5e6
-    assert "400 adapters more" in Page(html).text("fallbacks")
-    found = probe(html, tmp_path / "visit")
-    assert [224, 500] in found["sizes"]
-    assert found["overflow"] == 0
