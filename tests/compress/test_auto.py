@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorazip import unfinished
 from lorazip.bundle import Bundle
 from lorazip.cli import group
-from lorazip.compress import check, job, sides
+from lorazip.compress import check, job, planning, sides
 from lorazip.compress.spec import Spec
 from lorazip.errors import UndecidedError, UsageError
 from lorazip.sources import open_adapters
@@ -243,6 +243,21 @@ def test_info_and_report_say_what_was_chosen(zoo: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(group, ["info", str(output)]).output
     assert f"stored as: {most} {storage[most]}" in " ".join(told.split())
     assert json.loads(CliRunner().invoke(group, ["info", str(output), "--json"]).output)["storage"] == storage
+
+
+def test_a_bound_that_is_missed_for_ever_ends_with_the_originals(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured errors that never fall: after some rounds what misses its bound is kept as it was."""
+    real = planning.module_errors
+
+    def worse(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        residuals, energies = real(*arguments)
+        return torch.where(residuals > 0, 1e3 * energies, residuals), energies
+
+    monkeypatch.setattr(planning, "module_errors", worse)
+    outcome = job.run([zoo], spec(max_error=0.3), tmp_path / "b")
+    assert outcome.adapter_errors.tolist() == [0] * 5
 
 
 # --- odd inputs -------------------------------------------------------------------------------------------------------

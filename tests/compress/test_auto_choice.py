@@ -96,21 +96,6 @@ def test_only_adapters_that_miss_their_bound_choose_again(choice: planning.Choic
     assert torch.equal(last[1][others], chosen[others])
 
 
-def test_a_bound_that_is_missed_for_ever_ends_with_the_originals(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measured errors that never fall: after some rounds what misses its bound is kept as it was."""
-    real = planning.module_errors
-
-    def worse(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        residuals, energies = real(*arguments)
-        return torch.where(residuals > 0, 1e3 * energies, residuals), energies
-
-    monkeypatch.setattr(planning, "module_errors", worse)
-    outcome = job.run([zoo], spec(max_error=0.3), tmp_path / "b")
-    assert outcome.adapter_errors.tolist() == [0] * 5
-
-
 @steady
 @given(st.integers(0, 10**6), st.integers(1, 90), st.integers(1, 12), st.booleans())
 def test_the_menu_is_the_greedy_one(seed: int, offers: int, customers: int, coarse: bool) -> None:
