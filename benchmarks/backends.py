@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from lorazip import base as bases
 from lorazip import open_adapters
-from lorazip.eval import base as bases
 from lorazip.eval import plan, tasks
 from lorazip.eval.backend import Acting, Backend, Call, Forced, Greedy, Scores, digest
 from lorazip.eval.cache import Cache
@@ -138,7 +138,7 @@ def speed(base: Path, prompter: Prompter, actings: Sequence[Acting], asked: Any,
 
     pairs = [(a.key, q) for a in actings for q in asked[a.adapter.name][:each]]
     kinds: dict[str, list[Call]] = {
-        # The stop cannot occur: every answer has its full length unless the model ends it.
+        # Nothing stops an answer but its length and the model's own end.
         f"written, at most {WRITTEN} tokens": [Greedy(key, q.prompt, WRITTEN) for key, q in pairs],
         "forced": [Forced(key, q.prompt, q.answer) for key, q in pairs],
     }

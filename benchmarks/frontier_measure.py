@@ -34,13 +34,10 @@ from lorazip.errors import UndecidedError
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-OTHER = (
-    "check",
-    "choices",
-    "join",
-    "sweep",
-    "sweep_plot",
-)  # other commands, and the words for what was chosen
+OTHER = (  # what has no part in the bytes of a measured bundle: other commands and options, reading from the Hub, words
+    "base", "calibrate", "check", "choices", "drawing", "edit", "errors", "export", "findings", "finished", "generic",
+    "join", "locate", "page", "partial", "pictures", "report", "rows", "sweep", "sweep_plot",
+)  # fmt: skip
 PUBLISHED = (
     "allocate", "assemble", "cluster", "encode", "frame", "joint", "lowrank", "mean", "methods", "own",
     "quantize", "subspace", "svd",
@@ -48,7 +45,7 @@ PUBLISHED = (
 
 
 def code(method: str) -> str:
-    """Version of lorazip and a digest of the sources behind a method, without their comments and layout.
+    """Version of lorazip and a digest of the sources behind a method, without their comments, docstrings and layout.
 
     auto: the core and compress/, but for what makes no bundle; the others: what they compute with, and how
     it is stored. As they are when this is first asked: a long run does not see what is edited meanwhile.
@@ -68,8 +65,27 @@ def _code(auto: bool) -> str:
     found = hashlib.sha256()
     for path in sorted(paths):
         data = path.read_bytes()
-        found.update(ast.dump(ast.parse(data)).encode() if path.suffix == ".py" else data)
+        found.update(_statements(data) if path.suffix == ".py" else data)
     return f"{lorazip.__version__}+{found.hexdigest()[:8]}"
+
+
+def _statements(source: bytes) -> bytes:
+    """What a file does, without the strings that only say so."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for part in ("body", "orelse", "finalbody"):
+            if isinstance(inside := getattr(node, part, None), list):
+                kept = [one for one in inside if not _is_text(one)]
+                setattr(node, part, kept)
+    return ast.dump(tree).encode()
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ from typing import Any
 import torch
 import transfer_page
 
+from lorazip import base as bases
 from lorazip.eval import session, tasks
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.cache import Cache
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Task
@@ -236,7 +236,7 @@ def _source(place: Place, options: argparse.Namespace) -> tuple[Path, float]:
     """The adapter to be moved, trained on the task's train split."""
     folder = place.work / "source"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = hf.load(place.source, getattr(torch, options.dtype), device)
+    model = bases.load(place.source, getattr(torch, options.dtype), device)
     with_cache = Cache(place.work)
     prompter = located(str(place.source), with_cache).prompter(TEMPLATE)
     with_cache.close()

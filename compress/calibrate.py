@@ -13,17 +13,16 @@ Finer metrics were tried and lost (docs/AUTO.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorazip import base as bases
+from lorazip import rows
 from lorazip.errors import Defect, InputError
-from lorazip.eval import base as bases
-from lorazip.eval import rows
-from lorazip.eval import transformers_backend as hf
 from lorazip.generic import PROMPTS
 
 POWER = 0.5
@@ -42,15 +41,15 @@ def weights(
 
     Args:
         base: the adapters' base model, a directory or a Hub id.
-        prompts: file of texts, JSON lines with "input" or plain lines; None for the built-in ones.
+        prompts: file of texts, as `rows.texts` reads; None for the built-in ones.
         shapes: module -> (out, in), as the adapters have them.
     Raises:
         InputError: the base has other modules or shapes, a file cannot be read, or a gradient is no number.
     """
     path = bases.locate(base)
     tokenizer = bases.load_tokenizer(path)
-    texts = PROMPTS if prompts is None else _read(Path(prompts))
-    model = hf.load(path, torch.float32, device)
+    texts = PROMPTS if prompts is None else rows.texts(Path(prompts))
+    model = bases.load(path, torch.float32, device)
     _check(model, base, shapes)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -105,18 +104,3 @@ def _check(model: nn.Module, base: str, shapes: dict[str, tuple[int, int]]) -> N
             what = f"is {' x '.join(map(str, there))} there" if there else "is not there"
             problem = f"{what}; the adapters' is {shape[0]} x {shape[1]}"
             raise InputError([Defect(base, name, problem=problem, remedy="name the adapters' own base")])
-
-
-def _read(path: Path) -> Sequence[str]:
-    if path.suffix == ".jsonl":
-        found = [str(row["input"]) for _, row in rows.lines(path) if isinstance(row.get("input"), str)]
-    else:
-        try:
-            found = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError([Defect(str(path), problem=f"cannot be read: {error}")]) from error
-    if not found:
-        raise InputError(
-            [Defect(str(path), problem="holds no prompt", remedy='{"input": "…"} lines, or plain ones')]
-        )
-    return found

@@ -21,7 +21,7 @@ from lorazip.compress.lowrank import norms2
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
-from lorazip.errors import TargetError
+from lorazip.errors import BundleError, TargetError
 from lorazip.sources import Inputs
 from lorazip.terms import shared_indices
 
@@ -34,13 +34,20 @@ def find(
     Args:
         force: whether a bundle of another job may be replaced.
     Raises:
-        TargetError: the bundle is of another job; BundleError: it is damaged.
+        TargetError: the bundle is of another job; BundleError: it is damaged, and not to be replaced.
     """
     if not (output / MANIFEST).is_file():
         return None
-    bundle = Bundle.open(output)
-    if _same_job(bundle, inputs, spec):
-        bundle.require(bundle.names)
+    try:
+        bundle = Bundle.open(output)
+        same = _same_job(bundle, inputs, spec)
+        if same:
+            bundle.require(bundle.names)
+    except BundleError:
+        if force:  # damaged: replaced as any other bundle
+            return None
+        raise
+    if same:
         pairs = list(zip(inputs.adapters, bundle, strict=True))
         if not any(check.differences(original, stored) for original, stored in pairs):
             done = _measured(bundle, inputs, spec, progress)

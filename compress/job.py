@@ -116,8 +116,9 @@ def run(
 def resolve(inputs: Inputs, spec: Spec) -> Spec:
     """Fill in what was left open by the paper's rule (Compress-then-Serve §6.4; METHODS.md §2).
 
-    auto: an error of 0.1. The others, with n <= 100: one basis of n/2 + 7 columns; above: 16 columns and the least
-    number of clusters with a mean squared relative error below 0.6 on a middle module.
+    auto: an error of 0.1. svd: SVD_ENERGY. mean: the widest rank. The others, with n <= 100: one basis of n/2 + 7
+    columns; above: 16 columns and the least number of clusters with a mean squared relative error below 0.6 on a
+    middle module.
     """
     n = len(inputs.adapters)
     if spec.method == "auto":
@@ -269,7 +270,7 @@ def _encode_some(
     paths: Sequence[Path | None],
     encoder: Callable[[Sequence[Loaded]], list[ModuleCode]],
 ) -> list[Shard]:
-    """Some modules: their shards, made and written (paths None: only described) where one is not there yet."""
+    """Some modules: their shards, made and written (paths None: described), all of them where one is not there."""
     names = list(inputs.modules)
     shapes = [inputs.modules[names[index]] for index in indices]
     found = [shards.read(path, *shape) if path else None for path, shape in zip(paths, shapes, strict=True)]

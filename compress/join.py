@@ -216,7 +216,10 @@ def _spec(bundle: Bundle, max_error: float | None, device: str) -> Spec:
     if max_error is None:
         worst = max(a.error for a in bundle.manifest.adapters)
         max_error = spec.max_error if spec.max_error is not None else min(worst, 0.99)
-    return replace(spec, max_error=max_error, energy=None, ratio=None, budget=None)
+    # What calibration decided is in the bundle's bases; a bound needs none.
+    return replace(
+        spec, max_error=max_error, energy=None, ratio=None, budget=None, calibrate=None, prompts=None
+    )
 
 
 def _check(bundle: Bundle, inputs: Inputs, base: str | None) -> None:

@@ -46,4 +46,4 @@ METHODS: dict[str, Method] = {
         lambda stack, weights, rank, start: mean.fit(stack, weights, rank), mean.residuals, "scalar"
     ),
 }
-NAMES = ("svd", *METHODS, "auto")  # svd and auto share nothing: every adapter has its own factors
+NAMES = ("svd", *METHODS, "auto")  # svd shares nothing, and auto what pays: neither is a fit of one basis

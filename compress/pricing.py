@@ -98,16 +98,16 @@ def leftover(bunch: Bunch, side: int, used: Sequence[Basis | None]) -> Tensor:
     Args:
         used: of every module, the basis on which there are loadings.
     """
-    rates = torch.tensor(LEFT)
+    left = torch.tensor(LEFT)
     if not any(used):
-        return rates.view(1, 1, 1, -1)
+        return left.view(1, 1, 1, -1)
     size = torch.tensor([SIZES.index(b.columns) if b else 0 for b in used]).view(-1, 1, 1, 1)
     share = torch.tensor([1 - DISTORTION[b.rate] if b else 0.0 for b in used]).view(-1, 1, 1)
     columns = torch.tensor([b.columns if b else 0 for b in used]).view(-1, 1, 1, 1)
     outside = bunch.outside[side]
     held = (1 - outside.gather(3, size.expand(*outside.shape[:3], 1))[..., 0]) * share
     loadings = torch.tensor([LOADINGS[loading_bits(rate)] for rate in RATES])
-    own = rates * torch.where(rates < 1, 1 - columns / bunch.shape[side], 1)
+    own = left * torch.where(left < 1, 1 - columns / bunch.shape[side], 1)
     return (1 - held)[..., None] * own + held[..., None] * loadings
 
 

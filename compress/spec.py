@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from lorazip.devices import find_device
 from lorazip.errors import UsageError
 
 Weights = Literal["unit", "strength", "trained"]
-# Options that came after version 0.1.
+# Options that are recorded only where they are used.
 LATER = ("bits", "core_bits", "basis_bits", "group", "ratio", "budget", "calibrate", "prompts")
 
 
@@ -175,10 +176,24 @@ class Spec:
     def recorded(self) -> dict[str, object]:
         """What a bundle records: everything that its bytes depend on, not the device.
 
-        What came later is left out where it is not used: an older lorazip can then add to such bundles.
+        Most are left out where they are not used: a lorazip that does not know them can then add to such bundles.
         """
         used = {k: v for k, v in asdict(self).items() if v is not None or k not in LATER}
         for key in ("calibrate", "prompts"):  # a path of this machine tells nobody anything
             if isinstance(value := used.get(key), str) and Path(value).exists():
-                used[key] = Path(value).resolve().name
+                used[key] = _content(Path(value).resolve())
         return {key: value for key, value in used.items() if key != "device"}
+
+
+def _content(path: Path) -> str:
+    """NAME@DIGEST: another content is another job. Of a base model its config, and its files by name and size."""
+    found = hashlib.sha256()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        found.update(repr([(file.name, file.stat().st_size) for file in files]).encode())
+        told = path / "config.json"
+    else:
+        told = path
+    if told.is_file():
+        found.update(told.read_bytes())
+    return f"{path.name}@{found.hexdigest()[:12]}"

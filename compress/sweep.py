@@ -174,8 +174,8 @@ def _check(
         raise UsageError(f"a sweep is over the ratios of auto (leave --method {spec.method} out)")
     if (spec.ratio, spec.budget, spec.max_error) != (None, None, None):
         raise UsageError("a sweep has its own ratios: --ratios (leave --ratio, --budget and --max-error out)")
-    if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
-        raise UsageError("ratios must be above 0, and there must be at least one (--ratios 4,8,16)")
+    if not ratios or not all(1 <= ratio < math.inf for ratio in ratios):
+        raise UsageError("ratios must be at least 1, and there must be at least one (--ratios 4,8,16)")
     if len(set(ratios)) < len(ratios):
         raise UsageError("a ratio is asked for twice (leave one out of --ratios)")
     if output is None and not dry_run:

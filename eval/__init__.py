@@ -1,1 +1,1 @@
-"""Evaluation of adapters and bundles (arrives with its own issue)."""
+"""Evaluation of adapters and bundles: tasks, backends, intervals, a gate, and serving measured."""

@@ -13,6 +13,7 @@ import torch
 
 from lorazip.adapter import Adapter
 from lorazip.bundle import Bundle
+from lorazip.compress.check import agree, compare
 from lorazip.errors import CheckError, Defect, InputError, UsageError, printable
 from lorazip.eval.backend import HasFactors
 from lorazip.eval.results import BASE, ORIGINAL, LeftOut
@@ -35,7 +36,7 @@ class Team:
     """
 
     name: str
-    kind: Literal["original", "bundle", "adapters"]
+    kind: Literal["original", "bundle"]
     path: str
     adapters: Mapping[str, HasFactors]
     nbytes: int
@@ -57,7 +58,7 @@ class Pair:
     role: Role = "own"
 
 
-def originals(paths: Sequence[str], base: str, name: str = ORIGINAL) -> Team:
+def originals(paths: Sequence[str], base: str) -> Team:
     """Uncompressed adapters as an arm.
 
     Raises:
@@ -66,8 +67,7 @@ def originals(paths: Sequence[str], base: str, name: str = ORIGINAL) -> Team:
     # The base is the user's word here: configs name it by Hub id, and it may lie in a directory.
     adapters = open_adapters(list(paths), base=base).adapters
     nbytes = sum(adapter.nbytes for adapter in adapters)
-    kind: Literal["original", "adapters"] = "original" if name == ORIGINAL else "adapters"
-    return Team(name, kind, " ".join(paths), {a.name: a for a in adapters}, nbytes, nbytes)
+    return Team(ORIGINAL, "original", " ".join(paths), {a.name: a for a in adapters}, nbytes, nbytes)
 
 
 def bundles(paths: Sequence[Path]) -> list[Team]:
@@ -105,8 +105,6 @@ def require_the_same(teams: Sequence[Team], adapters: Sequence[str]) -> None:
     Raises:
         CheckError: naming every adapter that is another than the original of its name.
     """
-    from lorazip.compress.check import agree, compare
-
     given = next((team for team in teams if team.kind == "original"), None)
     if given is None:
         return

@@ -22,7 +22,6 @@ import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,7 +262,6 @@ def _reset(one: Prepared) -> None:
     one.task.set_fewshot_seed(seed=SEEDS[1])
 
 
-@cache
 def _model(one: Prepared, key: str | None, ask: Any) -> Any:
     from lorazip.eval.harness_model import SessionModel
 

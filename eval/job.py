@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lorazip import __version__
+from lorazip import base as bases
 from lorazip.errors import Defect, InputError, UsageError
 from lorazip.eval import arms, harness, plan, tasks
-from lorazip.eval import base as bases
 from lorazip.eval import breaks as breaking
 from lorazip.eval import measure as measuring
 from lorazip.eval import output as output_files
@@ -91,19 +91,13 @@ def evaluate(
     directory = bases.locate(base)
     prompter = Prompter(bases.load_tokenizer(directory), spec.template, spec.chat)
     context = bases.context_length(directory) - 1  # vLLM writes a token after every prompt, wanted or not
-    asked = {}
     theirs = harness.prepare(foreign, prompter.tokenizer, spec, context, left)
     ours = [pair for pair in matched if pair.task in found]
+    asked = {}
     for name in dict.fromkeys(pair.task for pair in ours):
         task = tasks.read(_single(found[name]), split=spec.split, limit=spec.limit, columns=spec.columns)
         asked[name] = plan.prepare(task, prompter, spec, context, left)
-    used = max((max(q.prompt) for one in asked.values() for q in one.questions), default=0)
-    if used >= bases.vocabulary(directory):
-        problem, remedy = (
-            "has fewer tokens than its tokenizer uses",
-            "the tokenizer is another model's: check --base",
-        )
-        raise InputError([Defect(base, problem=problem, remedy=remedy)])
+    _require_known_tokens(base, directory, asked)
     arms.require_the_same(teams, sorted({pair.adapter for pair in matched}))
     store = Cache(cache or default_directory())
     try:
@@ -137,6 +131,14 @@ def evaluate(
     if output is not None:
         output_files.write(Path(output), results, cells)
     return results
+
+
+def _require_known_tokens(base: str, directory: Path, asked: Mapping[str, Asked]) -> None:
+    used = max((max(q.prompt) for one in asked.values() for q in one.questions), default=0)
+    if used >= bases.vocabulary(directory):
+        problem = "has fewer tokens than its tokenizer uses"
+        remedy = "the tokenizer is another model's: check --base"
+        raise InputError([Defect(base, problem=problem, remedy=remedy)])
 
 
 def _single(found: Sequence[tasks.Found]) -> tasks.Found:

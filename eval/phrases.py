@@ -88,7 +88,7 @@ def number(value: float | None, say: Callable[[float], str]) -> str:
 
 def judged_arms(results: Results) -> list[Arm]:
     """The arms that are held against the original."""
-    return [arm for arm in results.arms if arm.kind in ("bundle", "adapters")]
+    return [arm for arm in results.arms if arm.kind == "bundle"]
 
 
 def sentence(arm: Arm, found: Summary | None, originals: bool) -> str:

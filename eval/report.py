@@ -47,7 +47,7 @@ def render(results: Results) -> str:
         others=findings.other_bases(results),
         adapters=len({row.adapter for row in own} - {None}),
         examples=sum(row.n for row in own) + sum(row.n for row in drift),
-        base=_base(results.settings),
+        base=results.settings.get("base", ""),
         label=phrases.LABELS[results.gate.verdict] if results.gate else "",
         checks=phrases.judged_checks(results),
         sentences=[phrases.sentence(arm, found.get(arm.name), originals) for arm in arms],
@@ -61,7 +61,6 @@ def render(results: Results) -> str:
         failed=[canary for canary in results.canaries if not canary.ok],
         settings=phrases.flat(results.settings),
         cost=_cost(results.cost),
-        level=_level(results.settings),
         say=phrases,
         excerpt=findings.excerpt,
         listed=LISTED,
@@ -117,17 +116,6 @@ def _trade(results: Results) -> dict[str, Any] | None:
     )
     left_out = len(phrases.judged_arms(results)) - len(points)
     return {"picture": picture, "by_kept": by_kept, "left_out": left_out}
-
-
-def _base(settings: dict[str, Any]) -> str:
-    """The base model's name, where the settings have one."""
-    return next((settings[key] for key in ("base", "model") if isinstance(settings.get(key), str)), "")
-
-
-def _level(settings: dict[str, Any]) -> str:
-    """Of the intervals: 95 %, unless the settings say otherwise."""
-    level = settings.get("level", settings.get("confidence"))
-    return f"{100 * level:.4g} %" if isinstance(level, int | float) and 0 < level < 1 else "95 %"
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:

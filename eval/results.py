@@ -24,7 +24,7 @@ class Interval:
 
     Attributes:
         estimate: the figure itself, from the data as they are.
-        low, high: the bootstrap interval (level: 95 % unless `Settings` says otherwise), low <= estimate <= high.
+        low, high: the bootstrap interval (95 %), low <= estimate <= high.
         n: examples that it rests on.
     """
 
@@ -40,7 +40,7 @@ class Arm:
 
     Attributes:
         name: unique; `base`, `original`, or the bundle's name.
-        kind: base, original, bundle or adapters.
+        kind: base, original or bundle.
         path: where its adapters lie, as given; None for the base.
         nbytes: all bytes of it on disk; 0 for the base.
         adapters: how many adapters of it were evaluated.
@@ -48,7 +48,7 @@ class Arm:
     """
 
     name: str
-    kind: Literal["base", "original", "bundle", "adapters"]
+    kind: Literal["base", "original", "bundle"]
     path: str | None
     nbytes: int
     adapters: int

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lorazip
+from lorazip import base as bases
 from lorazip.errors import LorazipError, ServeError, TargetError, UsageError, printable
 from lorazip.eval import serve_arms, serve_mix
 from lorazip.eval.serve_arms import Arm
@@ -64,15 +65,16 @@ def run(
     Returns:
         Rows of the arms that finished and the errors of those that did not (`Outcome.failures`).
     Raises:
-        UsageError: vLLM is missing, nothing to serve, the base is no model, or a bundle lacks an adapter.
-        InputError: adapters that vLLM does not serve. TargetError: the output exists. BundleError: a damaged bundle.
+        UsageError: vLLM is missing, nothing to serve, or a bundle lacks an adapter.
+        InputError: the base is no model, or vLLM does not serve an adapter.
+        TargetError: the output exists. BundleError: a damaged bundle.
     """
     if importlib.util.find_spec("vllm") is None:
         raise UsageError(NO_VLLM)
     if not adapters and not bundles:
         raise UsageError("say what to serve: --adapters PATH or --bundle BUNDLE")
     _check(output)
-    model = _model(base)
+    model = bases.locate(base).resolve()
     originals = open_adapters(adapters, base=base).adapters if adapters else ()
     serve_arms.refuse(originals)
     opened = serve_arms.open_bundles(bundles, [adapter.name for adapter in originals])
@@ -102,34 +104,6 @@ def run(
     return outcome
 
 
-def _model(base: str) -> Path:
-    """The base's directory; from the Hub if there is none of that name."""
-    if not Path(base).is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(
-                snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
-            )
-        except Exception as error:  # the client lets through what its HTTP library raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"{base} is no directory, and the Hub did not give it: {reason}") from error
-    return Path(base).resolve()
-
-
-def _vocabulary(model: Path) -> int:
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        size = config.get("vocab_size") or config["text_config"]["vocab_size"]
-        if isinstance(size, int) and size > 0:
-            return size
-        raise ValueError(f"vocab_size is {size!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{model} is no language model: config.json: {error} (name a model's directory)"
-        ) from error
-
-
 def _draw(settings: Settings, count: int, adapters: int, model: Path, seed: int) -> list[Request]:
     return serve_mix.draw(
         count,
@@ -138,7 +112,7 @@ def _draw(settings: Settings, count: int, adapters: int, model: Path, seed: int)
         exponent=settings.zipf_exponent,
         rate=settings.rate,
         prompt_tokens=settings.prompt_tokens,
-        vocabulary=_vocabulary(model),
+        vocabulary=bases.vocabulary(model),
         seed=seed,
     )
 

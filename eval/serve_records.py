@@ -87,7 +87,7 @@ class Row:
 
     Attributes:
         arm, kind: its name, and what it is.
-        path: the bundle or model it came from.
+        path: the bundle, or of a merged model its adapter's name; empty for originals and the base.
         adapters: how many it served; 0 for the base.
         max_lora_rank, max_loras: the size and number of vLLM's slots; None without LoRA.
         seconds: from the start to the last answer.

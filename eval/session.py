@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from lorazip import base as bases
 from lorazip.devices import find_device
 from lorazip.errors import CheckError, UsageError
 from lorazip.eval import canary, vllm_backend
@@ -41,7 +42,7 @@ class Engine:
     Attributes:
         kind: vllm or hf.
         dtype: number type of the base; adapters are converted to it.
-        device: for hf; vLLM finds its own.
+        device: what it computes on; vLLM takes what there is.
         tensor_parallel: GPUs that share the model in vLLM.
     """
 
@@ -65,10 +66,15 @@ def engine(
     Raises:
         UsageError: what was asked for is not there.
     """
-    place = find_device(device)
+    place, own = find_device(device), find_device("auto")  # vLLM finds its own
+    taken = device == "auto" or (place.type, place.index or 0) == (own.type, 0)
     kind: Kind
     if backend == "auto":
-        kind = "vllm" if vllm_backend.installed() else "hf"
+        kind = "vllm" if vllm_backend.installed() and taken else "hf"
+    elif backend == "vllm" and not taken:
+        raise UsageError(
+            f"vLLM takes {own}, not {device} (--backend hf; CUDA_VISIBLE_DEVICES chooses its GPU)"
+        )
     elif backend == "vllm" and not vllm_backend.installed():
         raise UsageError(f"vLLM is not installed ({vllm_backend.INSTALL})")
     else:
@@ -231,7 +237,10 @@ class Session:
         found = {k: tuple(value) for k, value in self.cache.get(keys).items()}
         missing = {k: call for k, call in zip(keys, calls, strict=True) if k not in found}
         if missing:
-            model = hf.load(self.base, self.engine.dtype, self.engine.device)
+            # What needs several GPUs does not fit on the first; a CPU has room, and only canaries to compute.
+            several = self.engine.tensor_parallel > 1
+            place = torch.device("cpu") if several else self.engine.device
+            model = bases.load(self.base, self.engine.dtype, place)
             hf.check_shapes(model, self.actings)
             adapters = {acting.key: acting.adapter for acting in self.actings}
             for done, (k, call) in enumerate(missing.items(), 1):
@@ -239,6 +248,8 @@ class Session:
                 found[k] = canary.by_hand(model, adapter, call)
                 self.progress("canaries by hand", done, len(missing))
             self.cache.put({k: found[k] for k in missing})
+            del model
+            bases.free(place)
         return [found[k] for k in keys]
 
     def _key(self, call: Call, by_hand: bool = False) -> bytes:

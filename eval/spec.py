@@ -12,7 +12,6 @@ from lorazip.eval.prompts import TEMPLATE
 
 AUTO = "auto"
 AGREEMENT = "agreement"
-NAMES = (AUTO, *METRICS, AGREEMENT)
 PRIMARY = tuple(
     name for name, metric in METRICS.items() if metric.higher_is_better
 )  # the gate asks what was lost

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorazip import rows
 from lorazip.errors import Defect, InputError, UsageError, printable
-from lorazip.eval import rows
-from lorazip.eval.rows import REMEDY, defect
+from lorazip.rows import REMEDY, defect
 
 INDEX = "tasks.jsonl"
 SPLITS = ("train", "validation", "test")

@@ -6,11 +6,9 @@ layers, from wherever they are (a PEFT directory, a bundle), without a file or a
 
 from __future__ import annotations
 
-import gc
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorazip import base as bases
 from lorazip.errors import Defect, InputError
 from lorazip.eval.backend import (
     Acting,
@@ -66,7 +65,7 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self._device = device
         self._tokens = TOKENS.get(device.type, TOKENS["cuda"])
-        plain = load(base, dtype, device)
+        plain = bases.load(base, dtype, device)
         self._ends = _take_ends(plain) | {int(tokenizer.eos_token_id)}
         self._modules = sorted({module for acting in actings for module in acting.adapter.modules})
         check_shapes(plain, actings)
@@ -88,7 +87,7 @@ class TransformersBackend:
     def close(self) -> None:
         """Drop the model."""
         del self.model
-        free(self._device)
+        bases.free(self._device)
 
     def _acting(self, key: str | None) -> Any:
         """A context in which this adapter acts; for None, in which none does."""
@@ -204,62 +203,6 @@ class TransformersBackend:
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         return ids.to(self._device), mask.to(self._device)
-
-
-def load(base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model from safetensors, without any code of its own.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with _opening(base):
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-    anything: Any = model  # its `to` is typed for a decorator's sake
-    loaded: PreTrainedModel = anything.to(device).eval()
-    return loaded
-
-
-def free(device: torch.device) -> None:
-    """Give back the memory of a model that is no more, to vLLM or another process."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def skeleton(base: Path) -> PreTrainedModel:
-    """Its modules with their names and shapes, without weights.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with _opening(base), torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
-    return model
-
-
-@contextmanager
-def _opening(base: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            [
-                Defect(
-                    str(base), problem=f"cannot be loaded as a base model: {error}", remedy="check its files"
-                )
-            ]
-        ) from error
 
 
 def _take_ends(model: PreTrainedModel) -> set[int]:

@@ -66,8 +66,6 @@ def subset(bundle: Bundle, names: Sequence[str], output: Path) -> Bundle:
         TargetError: the output exists or cannot be written.
     """
     bundle.require(names)
-    if any(p.file in bundle.manifest.files for p in bundle.verify()):
-        raise BundleError(f"{bundle.path}: " + "; ".join(f"{p.file}: {p.problem}" for p in bundle.verify()))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise TargetError(f"{output} exists (choose another name)")
     chosen = [a for a in bundle.manifest.adapters if a.name in set(names)]
@@ -126,5 +124,5 @@ def _copy(source: Path, target: Path, record: FileRecord) -> FileRecord:
     """Copy one file and make sure that what arrived is what the manifest says."""
     copied = write_bytes(target, source.read_bytes())
     if copied != record:
-        raise BundleError(f"{source}: its content changed while it was copied")
+        raise BundleError(f"{source}: it is damaged, or changed while it was copied")
     return record

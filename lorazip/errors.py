@@ -73,10 +73,6 @@ class InputError(LorazipError):
         super().__init__("\n".join(told(self.defects)))
 
 
-class RankError(LorazipError):
-    """A rank is outside its range for this module."""
-
-
 class CodecError(LorazipError):
     """A tensor cannot be stored with the chosen codec (float16 overflow, say)."""
 

@@ -2,7 +2,7 @@
 
 With `peft_keys` and `peft_config` this is the only place that knows PEFT. Matrices (2-D) of lora_A and lora_B are the
 factors to compress; all else that PEFT saves with a LoRA adapter is an extra, carried as it is. Written adapters have
-the scale 1 in PEFT and in vLLM, which reads alpha / r only.
+the scale 1, which every reader computes alike, whatever patterns and rank-stabilised scales it knows.
 """
 
 from __future__ import annotations

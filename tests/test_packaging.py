@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import stat
 import subprocess
@@ -132,3 +133,37 @@ def test_no_file_names_a_path_of_a_machine() -> None:
         if not re.search(MADE, name) and path.is_file() and not path.is_symlink():
             found += [f"{name}: {hit.group().decode()}" for hit in pattern.finditer(path.read_bytes())]
     assert not found
+
+
+ARROWS = {  # folder -> other parts of the package that its files may import
+    "lorazip": set(),
+    "compress": set(),
+    "eval": {"compress.check"},  # a bundle holds these very originals
+    "transfer": {"eval"},
+    "lorazip/cli": {"compress", "eval", "transfer"},
+}
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_imports_point_one_way(folder: str) -> None:
+    """The command line -> jobs -> core; no circles. `__init__` is the face, which hands out all."""
+    wrong = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        if path == ROOT / "lorazip" / "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            found = []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                found = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+            elif isinstance(node, ast.Import):
+                found = [name.name for name in node.names]
+            for name in found:
+                part = name.removeprefix("lorazip.")
+                other = part.split(".")[0] in LINKED and part.split(".")[0] != folder
+                allowed = any(
+                    part == one or part.startswith(one + ".") or one.startswith(part + ".")
+                    for one in ARROWS[folder]
+                )
+                if other and not allowed:
+                    wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert wrong == []

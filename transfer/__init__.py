@@ -1,1 +1,1 @@
-"""Transfer of adapters to a new base model (arrives with its own issue)."""
+"""Transfer of adapters to a new base model, in stages that a killed job goes on from."""

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorazip import base as bases
 from lorazip.errors import Defect, InputError
-from lorazip.eval import base as bases
-from lorazip.eval import transformers_backend as hf
 
 PLACES = 1024  # at most, spread over all texts: a Gram matrix of them takes 8 MB
 LEAST = 64  # fewer say little: the error of a CKA falls with their number
@@ -109,7 +108,7 @@ def collect(
     Raises:
         InputError: it has no such module, or computes what is no number.
     """
-    model = hf.load(base, torch.float32, device)
+    model = bases.load(base, torch.float32, device)
     tokenizer = bases.load_tokenizer(base)
     states, inputs, outputs = (_Rows(sum(map(len, places))) for _ in range(3))
     same: dict[str, str] = {}  # module -> the first that reads the same
@@ -126,7 +125,7 @@ def collect(
             for layer, state in enumerate((made.hidden_states or ())[1:]):
                 states.put(str(layer), state)
     del model
-    hf.free(device)
+    bases.free(device)
     for rows in (states, inputs, outputs):
         rows.check(base)
     for name in modules or ():

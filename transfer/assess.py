@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorazip import base as bases
 from lorazip.adapter import open_adapter
 from lorazip.errors import LorazipError, TransferError, UsageError
 from lorazip.eval import compare, plan, tasks
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Answer, Call, HasFactors, Scores
 from lorazip.eval.plan import Asked
 from lorazip.eval.prompts import Prompter
@@ -275,7 +275,7 @@ def _oracles(world: World, moves: Sequence[Move], work: Mapping[str, _Work]) -> 
     """Train them, and add them as arms."""
     if not moves:
         return
-    skeleton = hf.skeleton(world.target.path)
+    skeleton = bases.skeleton(world.target.path)
     planned = {}
     for move in moves:
         with move.guarded():

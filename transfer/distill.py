@@ -12,21 +12,19 @@ import gc
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
 
 from lorazip.errors import Defect, InputError
 from lorazip.files import write_bytes
-from lorazip.transfer import batches
 from lorazip.transfer.batches import Sample
 from lorazip.transfer.recipe import Training
 from lorazip.transfer.slots import SLOT, Shape, Start, begin, natural, wrapped
+from lorazip.transfer.trainer import Log, Progress, arguments_of, filled, processes, trainer_of, writes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 
 ADAPTER, FITTED = "adapter", "fitted.json"
 STATE = "trainer_state.json"  # of a checkpoint
-WARMUP = 0.06  # of the steps: a rank's first gradients are of A = noise, B = 0
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,6 @@ class Fitted:
     best: int
     steps: int
     seconds: float
-
-
-Progress = Callable[[str, int, int], None]
 
 
 def fit(
@@ -113,9 +107,9 @@ def fit(
     log = _run(model, train, held_out, shape, spec, folder / "run", rate, seed, start, progress, True)
     best = min(range(len(log.errors)), key=lambda epoch: log.errors[epoch])
     found = Fitted(rate, searched, log.errors, best, log.steps, round(seconds + log.seconds, 1))
-    if _processes() > 1:
+    if processes() > 1:
         torch.distributed.barrier()  # a slower one may still be reading the best epoch
-    if _first():
+    if writes():
         write_bytes(folder / FITTED, (json.dumps(asdict(found)) + "\n").encode())
         for rest in [folder / "run", *folder.glob("search-*")]:
             shutil.rmtree(rest, ignore_errors=True)
@@ -131,28 +125,6 @@ def known(folder: Path) -> Fitted | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Log:
-    """What the Trainer logged: a row before training and one after every epoch."""
-
-    rows: list[dict[str, Any]]
-    steps: int
-
-    @property
-    def errors(self) -> list[float]:
-        """What the Trainer takes for the loss: prediction_step."""
-        return [float(row["eval_loss"]) for row in self.rows if "eval_loss" in row]
-
-    @property
-    def seconds(self) -> float:
-        return sum(float(row.get("seconds", 0)) for row in self.rows)
-
-    def waited(self) -> int:
-        """Epochs since the best one."""
-        errors = self.errors[1:]  # a rank's first epoch may be worse than none, and yet a beginning
-        return len(errors) - 1 - min(range(len(errors)), key=lambda epoch: errors[epoch], default=-1)
-
-
 def _run(
     base: PreTrainedModel,
     train: Sequence[Sample],
@@ -165,11 +137,8 @@ def _run(
     start: Start | None,
     progress: Progress,
     final: bool,
-) -> _Log:
+) -> Log:
     """One training run; the final one stops early and saves its best epoch beside `folder`."""
-    from transformers import TrainingArguments
-
-    each = spec.batch // _processes()
     model = wrapped(base, shape, seed)
     try:
         if start is not None:
@@ -179,49 +148,21 @@ def _run(
         epochs = spec.epochs if final else spec.search_epochs
         if final and past.waited() >= spec.patience:
             epochs = len(past.errors) - 1  # it had ended, and was killed before it was saved
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=each,
-            per_device_eval_batch_size=each,
-            gradient_accumulation_steps=spec.accumulation,
-            learning_rate=rate,
-            lr_scheduler_type="linear",
-            warmup_steps=WARMUP,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            eval_strategy="epoch",
-            eval_on_start=last is None,
-            save_strategy="epoch",
-            save_total_limit=2,  # the best and the last
-            load_best_model_at_end=final,
-            metric_for_best_model="loss",
-            greater_is_better=False,
-            logging_strategy="no",
-            disable_tqdm=True,
-            report_to=[],
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            ddp_find_unused_parameters=False,
-            seed=seed,
-            data_seed=seed,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-        )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # else one process would split its batches over all GPUs
+        arguments = arguments_of(model, spec, folder, rate, seed, epochs, first=last is None, final=final)
         end = model.generation_config.eos_token_id
         pad = int(end[0] if isinstance(end, list) else end or 0)  # behind the mask: any token will do
-        trainer = _trainer(
+        trainer = trainer_of(
             model,
             arguments,
             train,
-            _filled(held_out, spec.batch),
+            filled(held_out, spec.batch),
             pad,
             progress,
             "training" if final else "searching",
             spec.patience if final else epochs,
         )
         trainer.train(resume_from_checkpoint=last)
-        log = _Log(trainer.state.log_history, int(trainer.state.global_step))
+        log = Log(trainer.state.log_history, int(trainer.state.global_step))
         errors = log.errors
         if final and not all(map(math.isfinite, errors)):
             problem = f"the held-out error is no number at learning rate {rate:g}"
@@ -234,7 +175,7 @@ def _run(
                     for name, p in model.named_parameters():
                         if name in first:
                             p.copy_(first[name])
-            if _first():
+            if writes():
                 _save(model, folder.parent / ADAPTER)
         return log
     finally:
@@ -243,7 +184,7 @@ def _run(
         gc.collect()
 
 
-def _resumed(folder: Path) -> tuple[str | None, _Log]:
+def _resumed(folder: Path) -> tuple[str | None, Log]:
     """The last whole checkpoint, if there is one, and what was logged up to it.
 
     The Trainer writes its state last: a checkpoint without it was cut off by a kill, and is deleted. It names the best
@@ -255,61 +196,18 @@ def _resumed(folder: Path) -> tuple[str | None, _Log]:
     for path in found:
         try:
             state: dict[str, Any] = json.loads((path / STATE).read_bytes())
-            log = _Log(state["log_history"], state["global_step"])
+            log = Log(state["log_history"], state["global_step"])
             told = state["best_model_checkpoint"]
             best = told and str(folder / Path(told).name)
             if best and not (Path(best) / STATE).is_file():
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            if best != told and _first():
+            if best != told and writes():
                 write_bytes(path / STATE, json.dumps(state | {"best_model_checkpoint": best}).encode())
             return str(path), log
         except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(path, ignore_errors=True)  # of several processes each tries
-    return None, _Log([], 0)
-
-
-def _processes() -> int:
-    """That share this fit."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _first() -> bool:
-    """Whether this process is the one that writes."""
-    return _processes() == 1 or torch.distributed.get_rank() == 0
-
-
-def _filled(samples: Sequence[Sample], batch: int) -> list[Sample]:
-    """Samples, for several processes filled up with ones of no trained token to whole batches.
-
-    accelerate would fill up with the first ones again, and they would count twice.
-    """
-    more = -len(samples) % batch if _processes() > 1 else 0
-    nothing = replace(samples[0], trained=(False,) * len(samples[0].trained))
-    return [*samples, *[nothing] * more]
-
-
-class _Shuffled(Sampler[int]):
-    """The first `count` of `total` samples in another order each epoch, then the rest, which only fill a batch.
-
-    As accelerate's SeedableRandomSampler draws them; but for that one it would fill batches itself.
-    """
-
-    def __init__(self, count: int, total: int, seed: int):
-        self.count, self.total, self.seed, self.epoch = count, total, seed, 0
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        yield from drawn.tolist()
-        yield from range(self.count, self.total)
-
-    def __len__(self) -> int:
-        return self.total
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before every epoch, a resumed one too."""
-        self.epoch = epoch
+    return None, Log([], 0)
 
 
 def _save(model: PeftModel, target: Path) -> None:
@@ -322,67 +220,3 @@ def _save(model: PeftModel, target: Path) -> None:
     (fresh / "README.md").unlink(missing_ok=True)  # PEFT's card names the directory of the base
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
-
-
-def _trainer(
-    model: PeftModel,
-    arguments: Any,
-    train: Sequence[Sample],
-    held_out: Sequence[Sample],
-    pad: int,
-    progress: Progress,
-    what: str,
-    patience: int,
-) -> Any:
-    from transformers import PrinterCallback, Trainer, TrainerCallback
-
-    each = sum(sum(sample.trained) for sample in held_out) / len(held_out)  # tokens of a sample
-    filled = _filled(train, arguments.per_device_train_batch_size * arguments.world_size)
-
-    class Ours(Trainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            found = batches.losses(model, inputs)
-            # All trained tokens of the step, in all processes; the mean of their gradients is taken.
-            loss = found.sum() * self.args.world_size / num_items_in_batch
-            return (loss, {}) if return_outputs else loss
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return _Shuffled(len(train), len(filled), arguments.data_seed)
-
-        def prediction_step(
-            self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-        ) -> Any:
-            # The Trainer takes the mean over samples; so that the mean over tokens comes out:
-            with torch.no_grad():
-                found = batches.errors(model, self._prepare_inputs(inputs))
-                return found.sum() / len(inputs["labels"]) / each, None, None
-
-    class Watch(TrainerCallback):
-        """Progress, time and early stopping; all that it knows is in the log, so that a resumed run knows it too."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            self.since = time.monotonic()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            progress(what, state.global_step, state.max_steps)
-
-        def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            now = time.monotonic()
-            state.log_history[-1]["seconds"] = now - self.since
-            self.since = now
-            if _Log(state.log_history, state.global_step).waited() >= patience:
-                control.should_training_stop = True
-
-    trainer = Ours(
-        model=model,
-        args=arguments,
-        train_dataset=filled,
-        eval_dataset=list(held_out),
-        data_collator=lambda samples: batches.collated(samples, pad),
-        callbacks=[Watch()],
-    )
-    trainer.model_accepts_loss_kwargs = True  # the loss is ours, whatever the model accepts: count its tokens
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import lorazip
+from lorazip import base as bases
 from lorazip.errors import LorazipError, TransferError, UsageError, printable
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Tops
-from lorazip.transfer import distill
+from lorazip.transfer import distill, trainer
 from lorazip.transfer.batches import Sample
 from lorazip.transfer.distill import Fitted
 from lorazip.transfer.recipe import Training
@@ -104,7 +104,7 @@ def _here(
     base: Path, fits: Sequence[Fit], dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> dict[str, Fitted | LorazipError]:
     """In this process."""
-    model = hf.load(base, dtype, device)
+    model = bases.load(base, dtype, device)
     found: dict[str, Fitted | LorazipError] = {}
     for one in fits:
         try:
@@ -116,7 +116,7 @@ def _here(
         ) as error:  # of memory, a disk, a damaged checkpoint: no one kind, and the others go on
             found[one.name] = _ended(one, f"training ended: {type(error).__name__}: {error}")
     del model
-    hf.free(device)
+    bases.free(device)
     return found
 
 
@@ -127,7 +127,7 @@ def _ended(one: Fit, why: str) -> TransferError:
     return TransferError(f"{one.name}: {printable(why)} ({remedy})")
 
 
-def _fit(model: Any, one: Fit, progress: distill.Progress) -> Fitted:
+def _fit(model: Any, one: Fit, progress: trainer.Progress) -> Fitted:
     return distill.fit(
         model,
         one.train,
@@ -312,7 +312,7 @@ def _child(folder: Path) -> None:
             print(MARK + json.dumps(what), flush=True)
 
     try:
-        model = hf.load(Path(plan["base"]), getattr(torch, plan["dtype"]), place)
+        model = bases.load(Path(plan["base"]), getattr(torch, plan["dtype"]), place)
     except LorazipError as error:
         for number in range(len(plan["fits"])):
             tell(fit=number, error=str(error))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from lorazip.errors import Defect, InputError, LorazipError, TransferError
 from lorazip.eval.backend import HasFactors
-from lorazip.eval.backend import digest as effect
 from lorazip.transfer import discriminator, synthesize, texts
 from lorazip.transfer.move import Move, pending
 from lorazip.transfer.recipe import digest
@@ -53,9 +52,7 @@ def key(move: Move, world: World, judged: bool) -> str:
     """What the inputs depend on."""
     recipe = move.recipe
     spec = recipe.inputs
-    judge = ""
-    if judged and judges(move):  # by its effect: another may lie at the same place later
-        judge = effect(discriminator.read(Path(recipe.filter.discriminator)).adapter)
+    judge = move.judge if judged and judges(move) else ""
     told = [judge, str(world.engine.dtype), asdict(spec) | {"seeds": "", "prompts": ""}]
     return digest("inputs", told, move.seeds, move.prompts, _writer(move, world), world.engine.name)
 

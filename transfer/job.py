@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorazip import names
+from lorazip import base as bases
+from lorazip import names, rows
 from lorazip.bundle import MANIFEST, Bundle
 from lorazip.errors import Defect, InputError, LorazipError, TargetError, TransferError, UsageError, printable
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import HasFactors, digest
 from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.session import Engine, Progress
@@ -146,7 +146,7 @@ def _stages(
     }
     judged: dict[str, Judged] = {}
     if until != "probe":  # which says what is possible
-        skeleton = hf.skeleton(world.target.path)
+        skeleton = bases.skeleton(world.target.path)
         for move in moves:
             with move.guarded():
                 _check(world, move, skeleton)
@@ -250,7 +250,7 @@ def _begun(recipe: Recipe, output: Path, folder: Path, many: bool) -> Move:
         adapter,
         digest(adapter),
         texts.read_seeds(Path(inputs.seeds)) if inputs.seeds else [],
-        texts.read(Path(inputs.prompts)) if inputs.prompts else [],
+        rows.texts(Path(inputs.prompts)) if inputs.prompts else [],
         folder / name if many else folder / "transfer",
         output / name if many else output,
     )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorazip import base as bases
 from lorazip.errors import Defect, InputError, LorazipError, TransferError
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import HasFactors
 from lorazip.eval.prompts import Prompter
 from lorazip.eval.tasks import Example
@@ -44,7 +44,7 @@ def train(world: World, moves: Sequence[Move]) -> None:
     todo = pending(moves, "train", lambda move: key(move, world))
     if not todo:
         return
-    skeleton = hf.skeleton(world.target.path)
+    skeleton = bases.skeleton(world.target.path)
     planned: dict[str, Fit] = {}
     counts: dict[str, int] = {}
     for move in todo:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorazip import base as bases
 from lorazip.errors import TargetError
-from lorazip.eval import transformers_backend as hf
 from lorazip.transfer.world import Base, World
 
 FOLDER = "merged"
@@ -42,12 +42,12 @@ def _merge(world: World, adapter: Path, target: Path) -> None:
     from peft import PeftModel
 
     base = world.target.path
-    model: Any = hf.load(base, world.engine.dtype, world.engine.device)
+    model: Any = bases.load(base, world.engine.dtype, world.engine.device)
     whole = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False)
     whole.merge_and_unload().save_pretrained(str(target))
     for file in base.iterdir():
         weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
         if file.is_file() and not weights and not (target / file.name).exists():
             (target / file.name).symlink_to(file.resolve())
-    del model
-    hf.free(world.engine.device)
+    del model, whole
+    bases.free(world.engine.device)

@@ -12,12 +12,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorazip.errors import LorazipError, TargetError
 from lorazip.eval.backend import HasFactors
+from lorazip.eval.backend import digest as effect
 from lorazip.files import write_bytes
+from lorazip.transfer import discriminator
 from lorazip.transfer.recipe import Recipe
 
 STATE = "state.json"
@@ -52,6 +55,11 @@ class Move:
     failed: LorazipError | None = None
     spared: set[str] = field(default_factory=set)
     current: set[str] = field(default_factory=set)
+
+    @cached_property
+    def judge(self) -> str:
+        """Digest of its discriminator's effect: another may lie at the same place in a later run."""
+        return effect(discriminator.read(Path(self.recipe.filter.discriminator)).adapter)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

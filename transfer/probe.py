@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorazip import base as bases
 from lorazip.errors import Defect, InputError
-from lorazip.eval import base as bases
 from lorazip.eval.backend import HasFactors
 from lorazip.generic import PROMPTS
 from lorazip.header import FormatError, parse_json

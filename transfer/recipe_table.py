@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorazip import names
+from lorazip import names, rows
 from lorazip.errors import Defect, InputError, UsageError, printable
-from lorazip.eval import rows
 from lorazip.transfer import recipe as recipes
 from lorazip.transfer import recipe_file
 from lorazip.transfer.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Inputs of a task as texts: seeds and retained prompts read from files, new ones screened, overlaps measured.
+"""Inputs of a task as texts: seeds read from a file, new ones screened, overlaps measured.
 
 These texts may be private. No message, figure or name here holds any of them.
 """
@@ -11,61 +11,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorazip.errors import Defect, InputError
-from lorazip.eval import rows
+from lorazip import rows
 
 LEAST_SEEDS = 5  # Trans-LoRA shows five
 LONGER = 3.0  # times the longest seed: what is longer is no input of this task
 N = 8  # characters of the n-grams that overlap is measured by: longer than most words
 
 
-def read(path: Path) -> list[str]:
-    """Inputs from JSON lines with "input", or from the lines of a .txt file; repeated ones once.
-
-    Raises:
-        InputError: naming the line, never its text.
-    """
-    if path.suffix in (".txt", ".jsonl") and not path.is_file():
-        raise _defect(path, "does not exist or is no file", "check the path")
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() splits at U+2028 too
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-            raise _defect(path, f"cannot be read: {reason}", "check the path") from error
-        found = [line.strip() for line in lines if line.strip()]
-    elif path.suffix == ".jsonl":
-        found = []
-        for number, row in rows.lines(path):
-            text = row.get("input")
-            if not isinstance(text, str) or not text.strip():
-                raise _defect(
-                    path,
-                    f'line {number} has no text "input"',
-                    'a line is {"input": "…"}; other keys are not read',
-                )
-            found.append(text)
-    else:
-        raise _defect(
-            path, "is neither .jsonl nor .txt", 'name a file of {"input": "…"} lines, or of plain lines'
-        )
-    found = list(dict.fromkeys(found))
-    if not found:
-        raise _defect(path, "holds no input", 'a line is {"input": "…"}')
-    return found
-
-
 def read_seeds(path: Path) -> list[str]:
-    """As `read`, stripped, at least `LEAST_SEEDS` that differ by more than case and spaces. Raises InputError."""
-    found = unseen((text.strip() for text in read(path)), ())
+    """As `rows.texts`, stripped, at least `LEAST_SEEDS` that differ by more than case and spaces. Raises InputError."""
+    found = unseen((text.strip() for text in rows.texts(path)), ())
     if len(found) < LEAST_SEEDS:
         problem = f"has {len(found)} different inputs, synthesis needs {LEAST_SEEDS}"
-        raise _defect(path, problem, "add example inputs of the task, or give inputs.prompts")
+        raise rows.defect(path, problem, "add example inputs of the task, or give inputs.prompts")
     return found
-
-
-def _defect(path: Path, problem: str, remedy: str) -> InputError:
-    return InputError([Defect(str(path), problem=problem, remedy=remedy)])
 
 
 def plain(text: str) -> str:

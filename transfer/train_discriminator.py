@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lorazip import base as bases
+from lorazip import rows
 from lorazip.adapter import open_adapter
 from lorazip.errors import LorazipError, TargetError, TransferError, UsageError
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.cache import Cache
 from lorazip.eval.session import Engine, Progress
 from lorazip.files import write_bytes
@@ -61,7 +62,7 @@ def train(
         raise TargetError(f"{output} exists (choose another directory)")
     if rank < 1 or epochs < 1 or not 0 < learning_rate < 1:
         raise UsageError("--rank and --epochs must be at least 1, --learning-rate between 0 and 1")
-    real = texts.read(inputs)
+    real = rows.texts(inputs)
     shown = texts.read_seeds(seeds) if seeds else real[: texts.LEAST_SEEDS]
     real = texts.unseen(real, shown)
     if len(real) < LEAST:
@@ -77,7 +78,7 @@ def train(
         false = _written(world, shown, definition, len(real), seed)
         (real_in, false_in), (real_out, false_out) = discriminator.split(real, false, seed)
         prompter = model_of.prompter(discriminator.TEMPLATE)
-        model = hf.load(model_of.path, engine.dtype, engine.device)
+        model = bases.load(model_of.path, engine.dtype, engine.device)
         spec = Training(epochs=epochs, learning_rates=(learning_rate,), patience=1)
         shape = Shape("lora", rank, 2 * rank, slots.modules_of(model, MODULES))
         folder = Path(scratch) / "fit"
@@ -92,6 +93,7 @@ def train(
             progress=progress,
         )
         del model
+        bases.free(engine.device)
         right = _right(world, folder / ADAPTER, real_out, false_out)
         record = Record(
             model_of.digest,

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorazip.errors import LorazipError
-from lorazip.eval import base as bases
+import torch
+
+from lorazip import base as bases
+from lorazip.errors import LorazipError, TransferError
 from lorazip.eval.backend import Acting, Answer, Call, Forced, HasFactors, digest
 from lorazip.eval.cache import Cache
 from lorazip.eval.prompts import Prompter
@@ -84,10 +86,13 @@ class World:
     cache: Cache
     progress: Progress
     processes: int = 1
+    _others: dict[str, Base] = field(default_factory=dict)
 
     def base(self, name: str) -> Base:
-        """Another model. Raises InputError."""
-        return located(name, self.cache)
+        """Another model, looked for once: keys of stages ask again and again. Raises InputError."""
+        if name not in self._others:
+            self._others[name] = located(name, self.cache)
+        return self._others[name]
 
     def ask(self, base: Base, asks: Sequence[Ask], what: str) -> dict[str, list[Answer] | LorazipError]:
         """The answers of each transfer, in the order of its calls, or why there are none."""
@@ -98,6 +103,10 @@ class World:
         except LorazipError as error:
             if len(asks) == 1:
                 return {asks[0].name: error}
+        except torch.OutOfMemoryError as error:
+            if len(asks) == 1:
+                why = str(error).partition(". ")[0]
+                return {asks[0].name: TransferError(f"{base.name}: {why} (free it, or take another device)")}
         found: dict[str, list[Answer] | LorazipError] = {}
         for one in asks:
             found |= self.ask(base, [one], what)

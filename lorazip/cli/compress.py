@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from lorazip import quantized, report, units
+from lorazip import quantized, units
 from lorazip.cli import render, sweep
 from lorazip.codecs import CODECS
-from lorazip.compress import job
+from lorazip.compress import job, report
 from lorazip.compress.methods import NAMES
 from lorazip.compress.spec import Spec
 from lorazip.errors import TargetError, UsageError, told

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -35,7 +37,7 @@ def inspect(paths: tuple[str, ...], base: str | None, device: str, as_json: bool
         if not adapters:
             raise InputError(defects)
         measured = survey.survey(adapters, Spec(device=device).torch_device(), progress)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": adapter.name,
             "base": adapter.config.get("base_model_name_or_path"),
@@ -56,32 +58,21 @@ def inspect(paths: tuple[str, ...], base: str | None, device: str, as_json: bool
             {
                 "adapters": rows,
                 "shared_init_groups": measured.groups,
-                "refused": [
-                    {
-                        "adapter": d.adapter,
-                        "module": d.module,
-                        "tensor": d.tensor,
-                        "problem": d.problem,
-                        "remedy": d.remedy,
-                    }
-                    for d in defects
-                ],
+                "refused": [asdict(defect) for defect in defects],
             }
         )
         sys.exit(1 if defects else 0)
     shown = [
         [
-            str(row["name"]),
-            ",".join(sorted({str(i.rank) for i in adapter.modules.values()}, key=int)),
+            row["name"],
+            ",".join(row["ranks"]),
             str(row["modules"]),
-            ",".join(sorted({i.dtype for i in adapter.modules.values()})),
-            units.size(adapter.nbytes),
-            f"{float(strength):.3g}",
-            *(f"{float(share):.3f}" for share in captured[:4]),
+            ",".join(row["dtypes"]),
+            units.size(row["bytes"]),
+            f"{row['strength']:.3g}",
+            *(f"{share:.3f}" for share in list(row["energy_by_rank"].values())[:4]),
         ]
-        for row, adapter, strength, captured in zip(
-            rows, adapters, measured.strength, measured.captured, strict=True
-        )
+        for row in rows
     ]
     columns = [
         "adapter",
@@ -90,15 +81,12 @@ def inspect(paths: tuple[str, ...], base: str | None, device: str, as_json: bool
         "dtype",
         "size",
         "strength",
-        "rank 1",
-        "rank 2",
-        "rank 4",
-        "rank 8",
+        *(f"rank {k}" for k in survey.RANKS[:4]),
     ]
     render.table("", columns, shown, numbers=6)
-    for adapter in adapters:
-        if adapter.extras:
-            click.echo(f"{adapter.name}: carried as they are: {', '.join(sorted(adapter.extras))}")
+    for row in rows:
+        if row["carried"]:
+            click.echo(f"{row['name']}: carried as they are: {', '.join(row['carried'])}")
     for group in measured.groups:
         click.echo(f"one shared start ({len(group)}): {', '.join(group)}")
     for line in told(defects):

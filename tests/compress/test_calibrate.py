@@ -12,8 +12,8 @@ import torch
 
 import lorazip
 from lorazip.cli import main
-from lorazip.compress import calibrate, job
-from lorazip.errors import InputError, UsageError
+from lorazip.compress import calibrate, job, join
+from lorazip.errors import InputError, TargetError, UsageError
 
 CPU = torch.device("cpu")
 TEXTS = ("abcdefgh ijkl", "x = 1; y = x", "Hello, world! 12345")
@@ -83,7 +83,9 @@ def test_bytes_go_where_errors_cost_most(
         plain.adapter_errors.mean()
     )  # what is reported is ||D^ - D||
     assert made.bundle_bytes <= made.original_bytes / 12
-    assert made.bundle is not None and made.bundle.manifest.options["calibrate"] == base.name
+    assert made.bundle is not None
+    name, _, digest = str(made.bundle.manifest.options["calibrate"]).partition("@")
+    assert name == base.name and len(digest) == 12
 
 
 def test_dry_run_predicts_plain_errors(base: Path, zoo: Path, tmp_path: Path) -> None:
@@ -123,6 +125,8 @@ def test_missing_prompts_end_in_one_line(
         ("gone.txt", None),
         ("empty.txt", "\n"),
         ("other.jsonl", json.dumps({"text": "x"})),
+        ("some.jsonl", json.dumps({"input": "x"}) + "\n" + json.dumps({"inputs": "y"})),
+        ("prompts.md", "x"),
     ):
         path = tmp_path / name
         if content is not None:
@@ -133,3 +137,21 @@ def test_missing_prompts_end_in_one_line(
         said = capsys.readouterr().err
         assert done.value.code == 2 and name in said and "Traceback" not in said
         assert not (tmp_path / "out").exists()
+
+
+def test_other_prompts_are_another_job(base: Path, zoo: Path, tmp_path: Path) -> None:
+    file = Path(prompts(tmp_path))
+    spec = lorazip.Spec(ratio=8, calibrate=str(base), prompts=str(file))
+    first = job.run([zoo], spec, tmp_path / "out")
+    assert job.run([zoo], spec, tmp_path / "out", resume=True).bundle_bytes == first.bundle_bytes
+    file.write_text("another text\n")
+    with pytest.raises(TargetError, match="made with other options or inputs"):
+        job.run([zoo], spec, tmp_path / "out", resume=True)
+
+
+def test_an_adapter_joins_a_calibrated_bundle(base: Path, zoo: Path, tmp_path: Path) -> None:
+    (new,) = tiny.make_adapters(tmp_path, ["new"])
+    bundle = lorazip.compress([zoo], lorazip.Spec(ratio=8, calibrate=str(base)), tmp_path / "team")
+    worst = max(adapter.error for adapter in bundle.manifest.adapters)
+    bundle, _ = join.add(tmp_path / "team", [str(new)])
+    assert bundle.adapter("new").record.error <= worst

@@ -13,7 +13,7 @@ from handmade import MakeAdapter
 import lorazip
 from lorazip import Bundle, Spec
 from lorazip.compress import encode, job, partial
-from lorazip.errors import CodecError, InputError, TargetError, UsageError
+from lorazip.errors import BundleError, CodecError, InputError, TargetError, UsageError
 from lorazip.sources import open_adapters
 
 MODULES = {"a.q_proj": (24, 20), "a.v_proj": (8, 20), "b.q_proj": (24, 20)}
@@ -140,6 +140,17 @@ def test_a_shard_that_is_damaged_is_made_again(zoo: Path, tmp_path: Path) -> Non
         (tmp_path / "team.partial" / "00001.safetensors").write_bytes(damage)
         job.run([zoo], Spec("jd-full", rank=3), tmp_path / "team", resume=True, force=True)
         assert content(tmp_path / "team") == content(tmp_path / "calm")
+
+
+def test_a_finished_bundle_that_is_damaged_is_replaced_if_told_to(zoo: Path, tmp_path: Path) -> None:
+    job.run([zoo], Spec("jd-full", rank=3), tmp_path / "calm")
+    for file in ("bundle.json", "shared.safetensors"):
+        job.run([zoo], Spec("jd-full", rank=3), tmp_path / file)
+        (tmp_path / file / file).write_bytes((tmp_path / "calm" / file).read_bytes()[:-9])
+        with pytest.raises(BundleError):
+            job.run([zoo], Spec("jd-full", rank=3), tmp_path / file, resume=True)
+        job.run([zoo], Spec("jd-full", rank=3), tmp_path / file, resume=True, force=True)
+        assert content(tmp_path / file) == content(tmp_path / "calm")
 
 
 def test_errors_that_a_resumed_run_would_meet_again_leave_nothing(

@@ -235,9 +235,10 @@ def test_its_own_inputs_are_no_target(zoo: Path, tmp_path: Path) -> None:
         ({"budget": 4000}, [4], "--ratios"),
         ({"max_error": 0.1}, [4], "--ratios"),
         ({}, [], "at least one"),
-        ({}, [4, 0], "above 0"),
-        ({}, [float("nan")], "above 0"),
-        ({}, [float("inf")], "above 0"),
+        ({}, [4, 0], "at least 1"),
+        ({}, [float("nan")], "at least 1"),
+        ({}, [float("inf")], "at least 1"),
+        ({}, [0.5], "at least 1"),
         ({}, [4, 4.0], "twice"),
     ],
 )

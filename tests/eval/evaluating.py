@@ -13,10 +13,10 @@ import tiny
 import torch
 
 import lorazip
+from lorazip.base import load_tokenizer
 from lorazip.cli import main
 from lorazip.eval import job
 from lorazip.eval.backend import Greedy, Written
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.results import Results
 from lorazip.eval.session import Engine
 from lorazip.eval.spec import EvalSpec

@@ -216,7 +216,6 @@ def test_originals_are_what_lies_there(zoo: Path) -> None:
     assert found.nbytes == found.original_bytes
     assert found.nbytes == sum(p.stat().st_size for p in zoo.rglob("adapter_*"))
     assert found.directory("bee") == zoo / "bee"
-    assert arms.originals([str(zoo)], "base", "others").kind == "adapters"
     with pytest.raises(InputError, match="nowhere: does not exist"):
         arms.originals([str(zoo / "nowhere")], "base")
 

@@ -17,13 +17,13 @@ import torch
 from tiny import MODULES
 
 import lorazip
+from lorazip import base as bases
 from lorazip.adapter import open_adapter
+from lorazip.base import load_tokenizer
 from lorazip.errors import CheckError
 from lorazip.eval import canary, job
 from lorazip.eval import session as sessions
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Acting, Forced
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.cache import Cache
 from lorazip.eval.results import Canary
 from lorazip.eval.session import Session
@@ -237,7 +237,7 @@ def test_the_score_is_not_what_finds_it(world: Path, tmp_path: Path, monkeypatch
 
 
 def test_by_hand_is_pefts_own_model(world: Path) -> None:
-    model = hf.load(world / "base", torch.float32, CPU)
+    model = bases.load(world / "base", torch.float32, CPU)
     for i, name in enumerate(NAMES):
         asked = canary.call(name, prompt(i))
         wanted = tiny.logprobs(tiny.peft(world / "base", world / "zoo" / name), asked.prompt, asked.answer)
@@ -245,7 +245,7 @@ def test_by_hand_is_pefts_own_model(world: Path) -> None:
         chosen = wanted.gather(1, torch.tensor(asked.answer)[:, None])[:, 0]
         assert found == pytest.approx(chosen.tolist(), abs=2e-5)
     bare = canary.by_hand(model, None, asked)  # the hooks are gone
-    assert bare == canary.by_hand(hf.load(world / "base", torch.float32, CPU), None, asked)
+    assert bare == canary.by_hand(bases.load(world / "base", torch.float32, CPU), None, asked)
 
 
 def test_a_canary_is_cut_to_a_bound() -> None:

@@ -17,8 +17,8 @@ import pytest
 import tiny
 from evaluating import KILLED_SPEC, SPEC, assert_same, command, evaluate
 
+from lorazip import base as bases
 from lorazip.errors import CheckError
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.transformers_backend import TransformersBackend
 
 
@@ -26,7 +26,7 @@ def test_a_repeated_run_loads_no_model(world: Path, tmp_path: Path, monkeypatch:
     spec = dataclasses.replace(SPEC, agreement=True, shots=1)
     first = evaluate(world, spec, cache=tmp_path / "cache", drift=["ant"])
     assert first.cost["made"] == first.cost["asked"] - first.cost["cached"] > 0
-    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(
         TransformersBackend, "__init__", lambda *_, **__: pytest.fail("a backend was started")
     )
@@ -40,7 +40,7 @@ def test_a_weaker_question_needs_no_model(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(world, cache=tmp_path / "cache")
-    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("a model was loaded"))
     for spec in (dataclasses.replace(SPEC, limit=7), dataclasses.replace(SPEC, min_retention=0.5)):
         assert evaluate(world, spec, cache=tmp_path / "cache", bundles=[world / "whole"]).cost["made"] == 0
 

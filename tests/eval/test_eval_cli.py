@@ -16,9 +16,9 @@ from handmade import MakeAdapter
 
 import lorazip
 from lorazip import Spec
+from lorazip import base as bases
 from lorazip.cli import main
 from lorazip.errors import InputError
-from lorazip.eval import base as bases
 from lorazip.eval import job, session
 
 MODEL = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]

@@ -13,8 +13,8 @@ import torch
 from evaluating import NAMES, N, command, evaluate
 
 import lorazip
+from lorazip import base as bases
 from lorazip.errors import CheckError, InputError
-from lorazip.eval import transformers_backend as hf
 
 
 def test_gate_passes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     options: list[str], code: int, message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command(world, "-o", tmp_path / "out", "--cache", tmp_path / "cache", *options) == code
     found = capsys.readouterr().err

@@ -17,8 +17,8 @@ import tiny
 import torch
 from evaluating import CPU, NAMES, RIGHT, SPEC, N, evaluate, examples, lines, scores, written
 
+from lorazip import base as bases
 from lorazip.errors import InputError, TargetError, UsageError
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Greedy
 from lorazip.eval.breaks import BREAKS
 from lorazip.eval.results import Results
@@ -120,7 +120,7 @@ def test_choices_are_scored_by_log_likelihood(world: Path, tmp_path: Path) -> No
 def test_solved_examples_are_shown_to_the_base(world: Path) -> None:
     found = evaluate(world, dataclasses.replace(SPEC, shots=2))
     assert [arm.name for arm in found.arms][:2] == ["base", "base-2-shot"]
-    model = hf.load(world / "base", torch.float32, CPU)
+    model = bases.load(world / "base", torch.float32, CPU)
     for name in NAMES[:2]:
         shown = [row for row in lines(world / "tasks" / f"{name}.jsonl") if row["split"] == "train"]
         before = "".join(f"{row['input']}={row['output']}\n\n" for row in shown)

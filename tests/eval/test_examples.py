@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tasks_on_disk import LINE, put, read, refused
 
+from lorazip import rows
 from lorazip.errors import UsageError
-from lorazip.eval import rows, tasks
+from lorazip.eval import tasks
 from lorazip.eval.tasks import Example
 
 

@@ -18,11 +18,11 @@ import tiny
 import torch
 
 from lorazip.adapter import open_adapter
+from lorazip.base import load_tokenizer
 from lorazip.errors import InputError, UsageError
 from lorazip.eval import arms, harness
 from lorazip.eval.arms import Pair, Team
 from lorazip.eval.backend import Acting, Forced, Greedy
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.cache import Cache
 from lorazip.eval.judge import Cell
 from lorazip.eval.results import LeftOut

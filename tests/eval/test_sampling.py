@@ -23,11 +23,11 @@ import torch
 from scipy.stats import chisquare
 from tiny import END
 
+from lorazip import base as bases
+from lorazip.base import load_tokenizer
 from lorazip.eval import session as sessions
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval import vllm_backend
 from lorazip.eval.backend import Acting, Answer, Call, Forced, Greedy, Ranked, Sampled, Scores, Tops, Written
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.cache import Cache, key
 from lorazip.eval.job import quiet
 from lorazip.eval.session import Engine, Session
@@ -191,7 +191,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     base = tiny.make_base(root / "base")
     adapters = tiny.make_adapters(root / "zoo", NAMES)
     models: dict[str | None, Any] = {f"original/{d.name}": tiny.peft(base, d) for d in adapters}
-    models[None] = hf.load(base, torch.float32, CPU)
+    models[None] = bases.load(base, torch.float32, CPU)
     tokenizer = load_tokenizer(base)
     backend = TransformersBackend(base, tokenizer, originals(root), dtype=torch.float32, device=CPU)
     return World(root, backend, models)
@@ -361,7 +361,7 @@ def test_a_killed_run_goes_on_to_the_same_answers(
     for call, one, other in zip(calls, wanted, found, strict=True):
         if isinstance(one, Written):
             assert other == one, call
-    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("a model was loaded"))
     with opened(world.root, caches[0], actings=members) as session:
         assert session.ask(calls) == wanted
         assert session.cost.made == 0

@@ -15,11 +15,11 @@ import torch
 from tiny import END, MODULES
 
 import lorazip
+from lorazip import base as bases
+from lorazip.base import load_tokenizer
 from lorazip.errors import CheckError, InputError, TargetError, UsageError
 from lorazip.eval import session as sessions
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Acting, Call, Forced, Greedy, Scores, digest
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.cache import FILE, Cache
 from lorazip.eval.results import Canary
 from lorazip.eval.session import Engine, Session
@@ -84,7 +84,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(hf, "load", refuse)
+    monkeypatch.setattr(bases, "load", refuse)
 
 
 def questions(keys: Sequence[str | None], n: int = 4) -> list[Call]:
@@ -268,6 +268,26 @@ def test_a_new_engine_proves_its_adapters_again(
         assert again.session.cost.made == len(calls) // 2  # nothing of the bad engine was kept
 
 
+def test_what_needs_several_gpus_is_referred_to_on_a_cpu(
+    world: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is split over GPUs does not fit on the first."""
+    places: list[torch.device] = []
+    load, cpu = bases.load, torch.device("cpu")
+
+    def spied(base: Path, dtype: torch.dtype, device: torch.device) -> Any:
+        places.append(device)
+        return load(base, dtype, cpu)
+
+    monkeypatch.setattr(bases, "load", spied)
+    monkeypatch.setattr(Session, "_open", lambda self: backend(world / "base", originals(world)))
+    engine = Engine("vllm", torch.float32, torch.device("cuda"), tensor_parallel=2)
+    monkeypatch.setattr(sessions.vllm_backend, "installed", lambda: "vllm 0.32.0")
+    with opened(world / "base", cache, originals(world), engine) as one:
+        one.session.proof()
+    assert places[0] == cpu
+
+
 def test_a_bad_engine_leaves_nothing_behind(
     world: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,4 +379,10 @@ def test_the_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="tensor-parallel"):
         sessions.engine("hf", tensor_parallel=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sessions.vllm_backend, "installed", lambda: "vllm 0.32.0")
+    assert sessions.engine(device="cpu") == Engine("hf", torch.float32, cpu)  # vLLM would take the GPU
+    for other in ("cpu", "cuda:1"):
+        with pytest.raises(UsageError, match=f"vLLM takes cuda, not {other}"):
+            sessions.engine("vllm", device=other)
+    assert sessions.engine("vllm", device="cuda:0").dtype == torch.bfloat16
     assert sessions.engine("hf") == Engine("hf", torch.bfloat16, torch.device("cuda"))

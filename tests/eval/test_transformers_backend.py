@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from tiny import END, MODULES, Q0
 
 import lorazip
+from lorazip import base as bases
+from lorazip.base import load_tokenizer
 from lorazip.errors import InputError
 from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Acting, Answer, Call, Forced, Greedy, Scores, Written
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.transformers_backend import TransformersBackend
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -67,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     models: dict[str | None, Any] = {
         a.key: tiny.peft(base, d) for a, d in zip(actings, adapters, strict=True)
     }
-    models[None] = hf.load(base, torch.float32, CPU)
+    models[None] = bases.load(base, torch.float32, CPU)
     return World(base, adapters, actings, start(base, actings), models)
 
 
@@ -120,7 +121,7 @@ def test_a_bundles_adapters_act_as_their_matrices(world: World, tmp_path: Path, 
     calls = forced([a.key for a in actings], 21, seed=3)
     found = answers(backend, calls)
     for acting in actings:
-        model: Any = hf.load(world.base, torch.float32, CPU)
+        model: Any = bases.load(world.base, torch.float32, CPU)
         for name in acting.adapter.modules:
             factor = acting.adapter.low_rank(name)
             model.get_submodule(name).weight.data += factor.scale * factor.B.float() @ factor.A.float()
@@ -339,7 +340,7 @@ def test_spaces_are_left_as_they_were_written(world: World, tmp_path: Path) -> N
     base = shutil.copytree(world.base, tmp_path / "base")
     settings = tiny.json_of(base / "tokenizer_config.json") | {"clean_up_tokenization_spaces": True}
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    model = hf.load(base, torch.float32, CPU)
+    model = bases.load(base, torch.float32, CPU)
     with torch.no_grad():  # the prompt's last token decides the next alone, and "a" is followed by " ."
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()

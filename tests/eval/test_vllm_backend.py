@@ -25,11 +25,11 @@ import torch
 from tiny import END, MODULES
 
 import lorazip
+from lorazip.base import load_tokenizer
 from lorazip.errors import CheckError, InputError, UsageError
 from lorazip.eval import session as sessions
 from lorazip.eval import vllm_backend
 from lorazip.eval.backend import Acting, Call, Forced, Greedy
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.cache import Cache
 from lorazip.eval.job import quiet
 from lorazip.eval.session import Session

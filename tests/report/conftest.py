@@ -6,7 +6,7 @@ import pytest
 from handmade import MakeAdapter
 from reporting import make_varied
 
-from lorazip import report
+from lorazip.compress import report
 from lorazip.compress.job import Outcome, run
 from lorazip.compress.spec import Spec
 

@@ -14,7 +14,8 @@ from browsing import Page
 from handmade import MakeAdapter
 from reporting import HOSTILE, WIDE
 
-from lorazip import findings, pictures, report, units
+from lorazip import units
+from lorazip.compress import findings, pictures, report
 from lorazip.compress.job import Outcome, run
 from lorazip.compress.spec import Spec
 from lorazip.errors import Defect, TargetError
@@ -168,7 +169,8 @@ def test_same_outcome_same_page(outcome: Outcome, page: str) -> None:
 
 
 def test_another_process() -> None:
-    code = "import sys, torch, lorazip.report; late = 'matplotlib' not in sys.modules; from lorazip import pictures; "
+    code = "import sys, torch, lorazip.compress.report; late = 'matplotlib' not in sys.modules; "
+    code += "from lorazip.compress import pictures; "
     code += "print(late, pictures.heat_map(torch.arange(1., 7).view(2, 3), ['a', 'b'], [('k', 1), ('q', 2)]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = pictures.heat_map(torch.arange(1.0, 7).view(2, 3), ["a", "b"], [("k", 1), ("q", 2)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from browsing import Page, probe, visit
 
-from lorazip import report
+from lorazip.compress import report
 from lorazip.compress.job import Outcome
 
 

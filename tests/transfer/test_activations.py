@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from lorazip import base as bases
+from lorazip.base import load_tokenizer
 from lorazip.errors import InputError
-from lorazip.eval import transformers_backend as hf
-from lorazip.eval.base import load_tokenizer
 from lorazip.generic import PROMPTS
 from lorazip.transfer import activations
 from lorazip.transfer.activations import at_depth, counterparts, layer_of, unmatched
@@ -147,7 +147,7 @@ def test_states_are_those_after_every_layer(base: Path) -> None:
     texts, places = PROMPTS[:3], [[1, 5, 6], [], [2]]
     found = activations.collect(base, texts, places, CPU)
     assert not found.inputs and not found.outputs
-    model, tokenizer = hf.load(base, torch.float32, CPU), load_tokenizer(base)
+    model, tokenizer = bases.load(base, torch.float32, CPU), load_tokenizer(base)
     with torch.no_grad():
         wanted = [
             model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True).hidden_states
@@ -164,7 +164,7 @@ def test_inputs_and_outputs_are_those_of_the_layers(base: Path) -> None:
     text, rows = PROMPTS[0], [3, 4, 9]
     found = activations.collect(base, [text], [rows], CPU, names)
     assert not found.states and set(found.inputs) == set(found.outputs) == set(names)
-    model, tokenizer = hf.load(base, torch.float32, CPU), load_tokenizer(base)
+    model, tokenizer = bases.load(base, torch.float32, CPU), load_tokenizer(base)
     for name, (out, in_) in tiny.MODULES.items():
         x, y = found.inputs[name], found.outputs[name]
         assert x.shape == (3, in_) and y.shape == (3, out) and x.dtype == y.dtype == torch.float32

@@ -17,8 +17,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from lorazip import base as bases
 from lorazip.errors import InputError, LorazipError, TransferError, UsageError
-from lorazip.eval import transformers_backend as hf
 from lorazip.eval.backend import Tops
 from lorazip.transfer import distill, fits, slots
 from lorazip.transfer.batches import Sample
@@ -53,7 +53,7 @@ def threads() -> Iterator[None]:
 
 
 def planned(base: Path, folder: Path, **more: Any) -> Fit:
-    shape = Shape("lora", 4, 8, slots.modules_of(hf.skeleton(base), ("q_proj", "v_proj")))
+    shape = Shape("lora", 4, 8, slots.modules_of(bases.skeleton(base), ("q_proj", "v_proj")))
     # Neither is a multiple of the batch; of the last two in training one process has none.
     fit = Fit(folder.name, samples(10, 0), samples(5, 1), shape, SPEC, folder, seed=3)
     return replace(fit, **more)

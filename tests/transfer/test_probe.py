@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lorazip import base as bases
 from lorazip.adapter import Adapter, open_adapter
+from lorazip.base import load_tokenizer
 from lorazip.errors import InputError
-from lorazip.eval import transformers_backend as hf
-from lorazip.eval.base import load_tokenizer
 from lorazip.generic import PROMPTS
 from lorazip.transfer import probe
 from lorazip.transfer.probe import Probe, Route
@@ -345,7 +345,7 @@ def test_bases_are_never_in_memory_together(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[torch.nn.Module]] = []
-    load = hf.load
+    load = bases.load
 
     def watched(*arguments: Any) -> Any:
         assert all(model() is None for model in loaded)
@@ -353,7 +353,7 @@ def test_bases_are_never_in_memory_together(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(hf, "load", watched)
+    monkeypatch.setattr(bases, "load", watched)
     gc.disable()  # it must not take a collection
     try:
         probe.probe(adapter, base, make_base(tmp_path / "other", seed=1), CPU)

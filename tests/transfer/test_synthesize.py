@@ -15,9 +15,9 @@ from handmade import MakeAdapter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorazip.base import load_tokenizer
 from lorazip.errors import InputError, TransferError
 from lorazip.eval.backend import Forced, Sampled, Scores, Written
-from lorazip.eval.base import load_tokenizer
 from lorazip.eval.prompts import Prompter
 from lorazip.transfer import discriminator, synthesize
 from lorazip.transfer.discriminator import Record

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorazip import rows
 from lorazip.errors import InputError
 from lorazip.transfer import texts
 from lorazip.transfer.texts import Screen
@@ -28,10 +29,10 @@ def written(path: Path, *inputs: str) -> Path:
 def test_json_lines_and_plain_lines(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", *SEEDS, SEEDS[0], "two\nlines ", "e\u0301")
     path.write_bytes(b'\xef\xbb\xbf{"input": "first", "output": "x"}\n\n' + path.read_bytes())
-    assert texts.read(path) == ["first", *SEEDS, "two\nlines ", "e\u0301"]
+    assert rows.texts(path) == ["first", *SEEDS, "two\nlines ", "e\u0301"]
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff first \r\n\r\n  \nse\u0301cond\u2028still\x0c second\nfirst\nlast".encode())
-    assert texts.read(path) == ["first", "se\u0301cond\u2028still\x0c second", "last"]
+    assert rows.texts(path) == ["first", "se\u0301cond\u2028still\x0c second", "last"]
 
 
 BAD_LINES = {
@@ -54,7 +55,7 @@ BAD_LINES = {
 def test_bad_line_is_named_but_not_shown(tmp_path: Path, line: str) -> None:
     path = written(tmp_path / "seeds.jsonl", SECRET, f"{SECRET} again")
     path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
-    for read in (texts.read, texts.read_seeds):
+    for read in (rows.texts, texts.read_seeds):
         with pytest.raises(InputError) as caught:
             read(path)
         assert "seeds.jsonl" in str(caught.value) and "line 3" in str(caught.value)
@@ -83,7 +84,7 @@ def test_bad_file_is_named_but_not_shown(tmp_path: Path) -> None:
     )
     for name in names:
         with pytest.raises(InputError) as caught:
-            texts.read(tmp_path / name)
+            rows.texts(tmp_path / name)
         assert name in str(caught.value) and SECRET not in str(caught.value)
 
 
@@ -197,4 +198,4 @@ def test_unseen_are_new_each_once() -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match="does not exist or is no file"):
-        texts.read(tmp_path / name)
+        rows.texts(tmp_path / name)

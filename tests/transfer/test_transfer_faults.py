@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from moving import SEEDS, SETTINGS, Place, Stopped, refusing, run, stopping
 
 from lorazip.errors import TargetError, TransferError
+from lorazip.eval.session import Session
 from lorazip.transfer import assess, learn, teach
 from lorazip.transfer.move import Move
 from lorazip.transfer.world import World
@@ -230,3 +232,26 @@ def test_many_adapters_one_of_them_bad(place: Place, tmp_path: Path) -> None:
     assert {name for name, one in found.items() if one.error is None} == {"first", "second"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "second"}
     assert "nothing" in str(found["missing"].error) and "none.txt" in str(found["unseeded"].error)
+
+
+def test_running_out_of_memory_costs_the_others_nothing(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.jsonl"
+    rows = [
+        {"adapter": str(place.adapter), "name": name, "seeds": str(place.seeds)} for name in ("one", "two")
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = place.tables()
+    del tables["source"]["adapter"], tables["inputs"]["seeds"]
+    ask = Session.ask
+
+    def short(self: Session, calls: Any, what: str = "scoring") -> Any:
+        if any("two" in acting.key for acting in self.actings):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return ask(self, calls, what)
+
+    monkeypatch.setattr(Session, "ask", short)
+    found = {one.name: one for one in run(place, tmp_path / "out", tables=tables, table=table, until="label")}
+    assert found["one"].error is None
+    assert re.search("CUDA out of memory .free it, or take another device.", str(found["two"].error))

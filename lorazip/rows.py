@@ -1,4 +1,4 @@
-"""Rows of examples: JSON lines and CSV, read here and strictly; Parquet and data sets, read by `datasets`."""
+"""Rows of examples: JSON lines, plain texts and CSV, read here and strictly; Parquet and data sets, by `datasets`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,42 @@ def lines(path: Path) -> Iterator[Row]:
                 yield number, row
     except OSError as error:
         raise defect(path, f"cannot be read: {error.strerror}", "check the file and its rights") from error
+
+
+def texts(path: Path) -> list[str]:
+    """Texts, from JSON lines with "input", or from the lines of a .txt file; repeated ones once.
+
+    Raises:
+        InputError: naming the line, never its text.
+    """
+    if path.suffix in (".txt", ".jsonl") and not path.is_file():
+        raise defect(path, "does not exist or is no file", "check the path")
+    if path.suffix == ".txt":
+        try:
+            split = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() splits at U+2028 too
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+            raise defect(path, f"cannot be read: {reason}", "check the path") from error
+        found = [line.strip() for line in split if line.strip()]
+    elif path.suffix == ".jsonl":
+        found = []
+        for number, row in lines(path):
+            text = row.get("input")
+            if not isinstance(text, str) or not text.strip():
+                raise defect(
+                    path,
+                    f'line {number} has no text "input"',
+                    'a line is {"input": "…"}; other keys are not read',
+                )
+            found.append(text)
+    else:
+        raise defect(
+            path, "is neither .jsonl nor .txt", 'name a file of {"input": "…"} lines, or of plain lines'
+        )
+    found = list(dict.fromkeys(found))
+    if not found:
+        raise defect(path, "holds no input", 'a line is {"input": "…"}')
+    return found
 
 
 def cells(path: Path) -> Iterator[Row]:

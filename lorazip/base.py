@@ -1,14 +1,19 @@
-"""A base model on disk: where it lies, its tokenizer, how much it takes. The user names it, never a config."""
+"""A base model: where it lies, its tokenizer, how much it takes, and its weights. The user names it, never a config."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lorazip.errors import Defect, InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -69,6 +74,60 @@ def context_length(base: Path) -> int:
 def vocabulary(base: Path) -> int:
     """Different tokens that the model knows. Raises InputError."""
     return _number(base, "vocab_size", 2**31)
+
+
+def load(base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A causal language model from safetensors, without any code of its own.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _opening(base):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of a model that nothing refers to any more, to vLLM or another process."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def skeleton(base: Path) -> PreTrainedModel:
+    """Its modules with their names and shapes, without weights.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _opening(base), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    return model
+
+
+@contextmanager
+def _opening(base: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        problem = f"does not fit: {str(error).partition('. ')[0]}"
+        remedy = "free that device, or choose another one or a narrower --dtype"
+        raise InputError([Defect(str(base), problem=problem, remedy=remedy)]) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = f"cannot be loaded as a base model: {error}"
+        raise InputError([Defect(str(base), problem=problem, remedy="check its files")]) from error
 
 
 def _number(base: Path, name: str, default: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorazip import findings, page
+from lorazip import page
+from lorazip.compress import findings
 from lorazip.compress.groups import shared_init_groups
 from lorazip.compress.outcome import Outcome
 from lorazip.files import write_bytes
@@ -28,7 +29,8 @@ def render(outcome: Outcome) -> str:
     Raises:
         InputError: an adapter changed since it was compressed (its A is read again, to find the shared-init groups).
     """
-    from lorazip import drawing, pictures  # import matplotlib, which takes a second
+    from lorazip import drawing
+    from lorazip.compress import pictures  # imports matplotlib, which takes a second
 
     groups = shared_init_groups(outcome.inputs.adapters)
     names = {adapter.name for adapter in outcome.inputs.adapters}

@@ -11,8 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lorazip.compress.findings import Kind
 from lorazip.drawing import INK, PAPER, SERIES, drawing, log_ticks, shorten, svg
-from lorazip.findings import Kind
 from lorazip.units import figure
 
 MAX_NAMES = 50  # beside a heat map
