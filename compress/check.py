@@ -11,7 +11,7 @@ import torch
 from lorazip.adapter import Adapter
 from lorazip.bundle import Bundle, BundleAdapter
 from lorazip.compress.encode import load, residuals2
-from lorazip.compress.lowrank import norms2
+from lorazip.compress.lowrank import norms2, untangled
 
 # Another machine or device decodes in another order of float32 sums. Decoding in float64 instead moves the root of an
 # error by 5e-9 to 4e-8 on the adapters of examples/zoo; this leaves a factor of five.
@@ -55,8 +55,11 @@ def compare(
     for done, module in enumerate(modules, 1):
         having = [i for i, (original, _) in enumerate(whole) if module.name in original.modules]
         if having:
-            first = load([whole[i][0].low_rank(module.name) for i in having], device)
-            second = load([whole[i][1].low_rank(module.name) for i in having], device)
+            # As compression measured it; and what is stored as it was trained cancels as that does.
+            first, second = (
+                untangled(load([whole[i][side].low_rank(module.name) for i in having], device))
+                for side in (0, 1)
+            )
             residuals[having] += residuals2(first, second).cpu()
             energies[having] += norms2(first).cpu()
         progress("comparing", done, len(modules))

@@ -17,7 +17,7 @@ from lorazip.compress import check, encode, shards
 from lorazip.compress.allocate import Module
 from lorazip.compress.assemble import adapter_errors, skipped
 from lorazip.compress.encode import ModuleCode
-from lorazip.compress.lowrank import norms2
+from lorazip.compress.lowrank import norms2, untangled
 from lorazip.compress.methods import METHODS
 from lorazip.compress.shards import Shard
 from lorazip.compress.spec import Spec
@@ -84,7 +84,7 @@ def _measured(
         having = [i for i, adapter in enumerate(inputs.adapters) if module.name in adapter.modules]
         factors = [inputs.adapters[i].low_rank(module.name) for i in having]
         ready, loaded = encode.prepare(module.name, factors, spec)
-        again = encode.load([stored[i].low_rank(module.name) for i in having], spec.torch_device())
+        again = untangled(encode.load([stored[i].low_rank(module.name) for i in having], spec.torch_device()))
         forms = tuple(form for i in having if (form := stored[i].record.forms[at]) is not None)
         code = ModuleCode(
             layout=module.layout,

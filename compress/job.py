@@ -25,6 +25,7 @@ from lorazip.compress.outcome import Outcome, outcome
 from lorazip.compress.shards import Shard
 from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
+from lorazip.errors import Defect, InputError
 from lorazip.memory import PeakMemory
 from lorazip.sources import Inputs, open_adapters
 
@@ -282,7 +283,15 @@ def _encode_some(
         having = [adapter for adapter in inputs.adapters if names[index] in adapter.modules]
         loaded.append((index, names[index], [adapter.low_rank(names[index]) for adapter in having]))
     made = []
-    for code, path, shape in zip(encoder(loaded), paths, shapes, strict=True):
+    try:
+        codes = encoder(loaded)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        problem = "its factors are too large or too small to be computed on by this method"
+        remedy = "try --method svd, or leave out adapters with values near 1e-38 or 1e38"
+        raise InputError(
+            [Defect("", name, problem=problem, remedy=remedy) for _, name, _ in loaded]
+        ) from error
+    for code, path, shape in zip(codes, paths, shapes, strict=True):
         if path is None:
             made.append(shards.describe(code, *shape))
             continue

@@ -21,6 +21,7 @@ from torch import Tensor
 from lorazip.compress.frame import CHUNK_ELEMENTS, Frame
 
 CANCELLING = 100.0  # from ||B||^2 ||A||^2 = CANCELLING r ||BA||^2 on, Gram matrices lose too many digits
+NOTHING = 1e-29  # of ||B||^2 ||A||^2: the square of some roundings of float64
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,10 @@ def untangled(stack: Stack) -> Stack:
         rows = slice(stack.starts[i], stack.starts[i + 1])
         q, t = torch.linalg.qr(rows_left[rows].T)
         missing = stack.ranks[i] - len(t)  # more rows than dimensions: the rest is zero
-        rows_right[rows] = torch.nn.functional.pad(t @ rows_right[rows], (0, 0, 0, missing))
+        product = t @ rows_right[rows]
+        if float(product.square().sum()) < NOTHING * float(sizes[i]):
+            product = torch.zeros_like(product)  # what is left of factors that cancel is their rounding
+        rows_right[rows] = torch.nn.functional.pad(product, (0, 0, 0, missing))
         rows_left[rows] = torch.nn.functional.pad(q.T, (0, 0, 0, missing))
     return Stack(rows_left, rows_right, stack.ranks)
 

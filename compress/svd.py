@@ -16,6 +16,7 @@ from lorazip.adapter import LowRank
 from lorazip.errors import CodecError
 from lorazip.terms import Core, Form, Own, Slot, Term, own_slots
 
+CANCELLED = 1e-6  # of ||left||^2 ||right||^2: below it a sum of Gram matrices has too few digits left
 MARGIN = 1e-9  # of a bound, so that the rounding of float64 sums cannot cross it
 
 
@@ -102,4 +103,8 @@ def residual(cut: OwnFactors, factor: LowRank) -> float:
         rows.append(-stored[0].to(device).double())
         cols.append(stored[1].to(device).double())
     left, right = torch.cat(rows), torch.cat(cols)
-    return float(((left @ left.T) * (right @ right.T)).sum().clamp_min(0))
+    found = float(((left @ left.T) * (right @ right.T)).sum())
+    if found < CANCELLED * float(left.square().sum() * right.square().sum()):
+        # The Gram matrices' digits are used up; of left^T = Q T the norm of T right has all of its own.
+        found = float((torch.linalg.qr(left.T)[1] @ right).square().sum())
+    return found

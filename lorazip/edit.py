@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor
 from lorazip import manifest as manifests
 from lorazip.bundle import ADAPTERS, MANIFEST, SHARED, Bundle, adapter_path
 from lorazip.errors import BundleError, TargetError, UsageError
-from lorazip.files import Entry, flush, locked, write_bytes, write_safetensors
+from lorazip.files import Entry, flush, fresh_folder, locked, write_bytes, write_safetensors
 from lorazip.manifest import AdapterRecord, FileRecord, Manifest, Module
 from lorazip.terms import Form, renumbered, shared_indices
 
@@ -71,25 +69,24 @@ def subset(bundle: Bundle, names: Sequence[str], output: Path) -> Bundle:
     chosen = [a for a in bundle.manifest.adapters if a.name in set(names)]
     modules, adapters, used = _pruned(bundle.manifest, chosen)
     target = Path(os.path.realpath(output))  # a link stays; what it names is written
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        (temporary / ADAPTERS).mkdir(parents=True)
-        files: dict[str, FileRecord] = {}
-        for name in bundle.manifest.files:
-            if name != SHARED:
-                files[name] = _copy(bundle.path / name, temporary / name, bundle.manifest.files[name])
-        entries = _shared_entries(bundle, used)
-        if entries:
-            files[SHARED] = write_safetensors(temporary / SHARED, entries)
-        for record in adapters:
-            _copy(adapter_path(bundle.path, record.name), adapter_path(temporary, record.name), record.file)
-        commit(temporary, replace(bundle.manifest, modules=modules, adapters=adapters, files=files))
-        temporary.rename(target)
-        flush(target.parent)
+        with fresh_folder(target) as temporary:
+            (temporary / ADAPTERS).mkdir()
+            files: dict[str, FileRecord] = {}
+            for name in bundle.manifest.files:
+                if name != SHARED:
+                    files[name] = _copy(bundle.path / name, temporary / name, bundle.manifest.files[name])
+            entries = _shared_entries(bundle, used)
+            if entries:
+                files[SHARED] = write_safetensors(temporary / SHARED, entries)
+            for record in adapters:
+                place = adapter_path(temporary, record.name)
+                _copy(adapter_path(bundle.path, record.name), place, record.file)
+            commit(temporary, replace(bundle.manifest, modules=modules, adapters=adapters, files=files))
+            temporary.rename(target)
+            flush(target.parent)
     except OSError as error:
         raise TargetError(f"{output} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
     return Bundle.open(output)
 
 

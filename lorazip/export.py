@@ -69,7 +69,7 @@ def export(
         for module in adapter.modules:
             factor = adapter.low_rank(module)
             factors[module] = _rounded(name, module, factor, kind)
-        rank = max((a.shape[0] for _, a in factors.values()), default=0)
+        rank = max(1, *(a.shape[0] for _, a in factors.values()))  # PEFT has no rank 0
         extras = {key: adapter.extra(key) for key in adapter.extras}
         peft_format.save(directory / name, adapter.config, factors, extras)
         done.append(Exported(name, directory / name, rank))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +119,28 @@ def _replacing(path: Path) -> Iterator[int]:
         raise
 
 
-def flush(directory: Path) -> None:
-    """Make a rename in this directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+@contextlib.contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A hidden new folder beside the target, to be filled and renamed; it is gone afterwards unless it was.
+
+    Those that killed processes left for the same target go first: nobody holds their locks any more.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.tmp"):
+        with contextlib.suppress(TargetError), locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    # Not tempfile: its directories are private, and what is written is to be read by servers too.
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    folder.mkdir(parents=True)
+    try:
+        with locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Make a file, or the renames in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

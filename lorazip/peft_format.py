@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorazip.errors import Defect, TargetError
+from lorazip.files import flush, fresh_folder
 from lorazip.header import TensorInfo
 from lorazip.mapped import TORCH_DTYPE
 from lorazip.peft_config import CONFIG_FILE, ScaleRule, endings
@@ -286,26 +286,14 @@ def _write(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
     """Write both files to a temporary directory beside the target, flush, and rename it."""
     if directory.is_dir() and any(directory.iterdir()):
         raise TargetError(f"{directory} exists and is not empty")
-    # Not tempfile: its directories are private, and an export is to be read by servers too.
-    temporary = directory.parent / f".{directory.name}.{secrets.token_hex(8)}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
-        save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
-        for path in (temporary / WEIGHTS_FILE, temporary / CONFIG_FILE, temporary):
-            _flush(path)
-        os.replace(temporary, directory)
-        _flush(directory.parent)
+        with fresh_folder(directory) as temporary:
+            (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
+            save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
+            for path in (temporary / WEIGHTS_FILE, temporary / CONFIG_FILE, temporary):
+                flush(path)
+            os.replace(temporary, directory)
+            flush(directory.parent)
     except (OSError, SafetensorError) as error:
         raise TargetError(f"{directory} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

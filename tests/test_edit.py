@@ -9,7 +9,7 @@ import torch
 from handmade import MakeAdapter
 from torch import Tensor
 
-from lorazip import Bundle, Spec, edit
+from lorazip import Bundle, Spec, edit, export, files
 from lorazip.compress import check, job, join
 from lorazip.errors import BundleError, TargetError, UsageError
 from lorazip.sources import open_adapters
@@ -194,3 +194,21 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(
     with pytest.raises(BundleError, match="is damaged, or changed while it was copied"):
         edit.subset(whole, ["ant-0"], tmp_path / "small")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["team", "zoo"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(team: Path, tmp_path: Path) -> None:
+    """A folder that a running one holds stays."""
+    bundle = Bundle.open(team)
+    for name, write in (
+        ("ant-0", lambda: export.export(bundle, ["ant-0"], tmp_path / "out")),
+        ("small", lambda: edit.subset(bundle, ["ant-0"], tmp_path / "out" / "small")),
+    ):
+        left, held = (tmp_path / "out" / f".{name}.{digit * 16}.tmp" for digit in "07")
+        other = tmp_path / "out" / f".other.{name}.{'0' * 16}.tmp"
+        for folder in (left, held, other):
+            folder.mkdir(parents=True)
+            (folder / "x").touch()
+        with files.locked(held):
+            write()
+        assert {p.name for p in (tmp_path / "out").glob(".*.tmp")} >= {held.name, other.name}
+        assert not left.exists() and (tmp_path / "out" / name).is_dir()

@@ -205,6 +205,7 @@ def _why(errors: Iterable[str]) -> str:
     raised = [line for line in plain if re.match(r"[\w.]+(Error|Exception)\b(: |$)", line)]
     own = [line for line in raised if not re.search("ChildFailed|DistBackend|onnection", line)]
     signals = [found[0] for line in plain if (found := re.search(r"Signal \d+ \(\w+\)", line))]
+    signals.sort(key=lambda signal: "SIGTERM" in signal)  # by which torchrun ends the others
     return next(iter([*own, *signals, *raised]), "")
 
 

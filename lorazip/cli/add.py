@@ -54,7 +54,12 @@ def add(
     for record in records:
         click.echo(f"{record.name}: error {record.error:.4f}, {units.size(record.file.nbytes)}")
     # Nothing is said of own factors where the method gives every adapter its own.
-    alone = f"; {units.counted(fallbacks, 'module')} with own factors beside the bases" if fallbacks else ""
+    some = fallbacks and changed.manifest.options["method"] != "auto"
+    alone = (
+        f"; {units.counted(fallbacks, 'module')} of adapters with own factors beside the bases"
+        if some
+        else ""
+    )
     click.echo(
         f"{bundle}: {units.counted(len(changed.names), 'adapter')}, {units.size(changed.nbytes)}{alone}"
     )

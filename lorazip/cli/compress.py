@@ -174,8 +174,18 @@ def compress(
         f"{units.counted(int(outcome.fallbacks.sum()), 'fallback')}; "
         f"{figures['seconds']:.1f} s, {units.size(outcome.peak_memory)} of memory"
     )
-    if outcome.bundle is not None:
-        click.echo(f"written: {outcome.bundle.path}")
+    lost = [a.name for a, e in zip(outcome.inputs.adapters, outcome.adapter_errors, strict=True) if e >= 1]
+    if lost:
+        click.echo(f"no better than nothing, with an error of 1 or more: {render.some(lost)}")
+    carrying = [adapter for adapter in outcome.inputs.adapters if adapter.extras]
+    if carrying:
+        nbytes = sum(info.nbytes for adapter in carrying for info in adapter.extras.values())
+        click.echo(
+            f"carried as it is, {units.size(nbytes)}: tensors of {render.some([a.name for a in carrying])}"
+        )
+    written = [str(path) for path in (outcome.bundle and outcome.bundle.path, page) if path]
+    if written:
+        click.echo(f"written: {', '.join(written)}")
 
 
 def _check_page(page: Path, output: Path | None, force: bool) -> None:

@@ -260,6 +260,7 @@ def _show_gate(gate: Gate) -> None:
             f"; about {check.examples_needed} examples in all would decide" if check.examples_needed else ""
         )
         most = f"{100 * check.threshold:g}"
-        rule = f"keep at least {most} %" if check.rule == "min-retention" else f"lose at most {most} points"
-        click.echo(f"gate: {check.arm}: {rule}: {render.interval(check.value)} -> {check.verdict}{needed}")
+        kept = check.rule == "min-retention"
+        rule = f"keep at least {most} %: kept" if kept else f"lose at most {most} points: lost"
+        click.echo(f"gate: {check.arm}: {rule} {render.interval(check.value)} -> {check.verdict}{needed}")
     click.echo(f"gate: {gate.verdict}")

@@ -74,6 +74,10 @@ def info(bundle: Path, as_json: bool) -> None:
     parts = [f"{printable(what)} {count}" for what, count in shown] + ([f"others {rest}"] if rest else [])
     click.echo(f"modules of adapters stored as: {', '.join(parts)}")
     _show_choices(chosen)
+    carried = [info for adapter in opened for info in adapter.extras.values()]
+    if carried:
+        nbytes = sum(info.nbytes for info in carried)
+        click.echo(f"carried as they are: {units.counted(len(carried), 'tensor')}, {units.size(nbytes)}")
     for line in manifest.skipped:
         click.echo(f"skipped when it was made: {printable(line)}")
     table = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import click
@@ -28,6 +28,8 @@ from rich.text import Text
 from lorazip import units
 from lorazip.errors import printable
 from lorazip.eval.results import Interval
+
+NAMED = 8  # of some names, how many are shown
 
 
 class Report(Protocol):
@@ -88,6 +90,12 @@ def progress() -> Iterator[Report]:
 def as_json(value: object) -> None:
     """Print JSON to stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are."""
+    more = f" … ({len(names)} in all)" if len(names) > NAMED else ""
+    return printable(", ".join(names[:NAMED])) + more
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:

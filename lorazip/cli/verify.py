@@ -12,10 +12,8 @@ from lorazip.bundle import Bundle
 from lorazip.cli import render
 from lorazip.compress import check
 from lorazip.compress.spec import Spec
-from lorazip.errors import BundleError, Defect, printable, told
+from lorazip.errors import BundleError, Defect, told
 from lorazip.sources import open_adapters
-
-NAMED = 8  # adapters that were not compared
 
 
 @click.command(epilog="Example: lorazip verify team.lorazip --against adapters/")
@@ -29,7 +27,8 @@ NAMED = 8  # adapters that were not compared
 def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, as_json: bool) -> None:
     """Check every byte of a bundle; with the originals, measure every adapter's error again.
 
-    Exit code 0: all that was looked at is as recorded. 1: something is not. Adapters whose originals --against does not
+    Exit code 0: all that was looked at is as recorded. 1: something is not, or the bundle does not hold an original
+    that --against names (it must not be deleted). Adapters whose originals --against does not
     name are listed: only their bytes were checked.
     """
     opened, place = Bundle.open(bundle), Spec(device=device).torch_device()
@@ -74,13 +73,14 @@ def verify(bundle: Path, against: tuple[str, ...], skip_bad: bool, device: str, 
         for line in told(skipped):
             click.echo(f"skipped: {line}", err=True)
     if bad:
-        raise BundleError(f"{bundle}: {units.counted(len(bad), 'adapter')} not as recorded")
-    if rest:
-        more = f", {NAMED} of them: " if len(rest) > NAMED else ": "
-        names = printable(", ".join(rest[:NAMED]))
-        click.echo(
-            f"not compared, for their originals are not there: {units.counted(len(rest), 'adapter')}{more}{names}"
+        absent = [c.name for c in bad if c.recorded is None]
+        wrong = f"{units.counted(len(bad) - len(absent), 'adapter')} not as recorded"
+        missing = f"it does not hold {render.some(absent)}"
+        raise BundleError(
+            f"{bundle}: " + "; ".join([wrong] * (len(absent) < len(bad)) + [missing] * bool(absent))
         )
+    if rest:
+        click.echo(f"not compared, for their originals are not there: {render.some(rest)}")
     click.echo(f"{bundle}: ok, {units.counted(len(opened.names), 'adapter')}, {opened.nbytes} bytes checked")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commandline import Run, bytes_of, content
+from handmade import MakeAdapter
 
 from lorazip.cli import group, render
 
@@ -150,19 +153,49 @@ def test_every_command_prints_for_people(zoo: Path, team: Path, lorazip: Run) ->
 def test_add_says_where_the_bases_are_not_used(zoo: Path, lorazip: Run) -> None:
     assert lorazip("compress", zoo, "-o", "shared", "--method", "jd-full", "--rank", "2").code == 0
     ended = lorazip("add", "shared", "dog=zoo/ant", "--max-error", "0")
-    assert ended.code == 0 and ended.out.endswith("; 6 modules with own factors beside the bases\n")
+    assert ended.code == 0 and ended.out.endswith(
+        "; 6 modules of adapters with own factors beside the bases\n"
+    )
 
 
 def test_verify_says_what_it_did_not_compare(zoo: Path, team: Path, lorazip: Run) -> None:
     ended = lorazip("verify", team, "--against", zoo / "bee")
     assert ended.code == 0
-    assert "not compared, for their originals are not there: 2 adapters: ant, cat" in ended.out
+    assert "not compared, for their originals are not there: ant, cat\n" in ended.out
     assert lorazip("verify", team, "--against", zoo / "bee", "--json").json["not_compared"] == ["ant", "cat"]
     (zoo / "gnu").mkdir()
     (zoo / "gnu" / "adapter_config.json").write_text("{")
     assert lorazip("verify", team, "--against", zoo).code == 2
     ended = lorazip("verify", team, "--against", zoo, "--skip-bad")
     assert ended.code == 0 and "skipped: gnu" in ended.err and "not compared" not in ended.out
+
+
+def test_verify_says_which_originals_are_not_in_the_bundle(zoo: Path, team: Path, lorazip: Run) -> None:
+    assert lorazip("remove", team, "bee").code == 0
+    ended = lorazip("verify", team, "--against", zoo)
+    assert ended.code == 1 and ended.err.endswith("team: it does not hold bee\n")
+    (zoo / "ant" / "adapter_model.safetensors").write_bytes(
+        (zoo / "cat" / "adapter_model.safetensors").read_bytes()
+    )
+    ended = lorazip("verify", team, "--against", zoo)
+    assert ended.code == 1 and ended.err.endswith("team: 1 adapter not as recorded; it does not hold bee\n")
+
+
+def test_what_is_lost_and_what_is_carried_is_named(
+    zoo: Path, make_adapter: MakeAdapter, lorazip: Run
+) -> None:
+    key = "base_model.model.score.weight"
+    make_adapter("zoo/dog", modules_to_save=["score"], tensors={key: torch.ones(500, 2)})
+    ended = lorazip("compress", zoo, "-o", "all", "--ratio", "1.5", "--report", "page.html")
+    assert ended.code == 0 and "carried as it is, 4.00 kB: tensors of dog\n" in ended.out
+    assert "no better than nothing" not in ended.out and ended.out.endswith("all, page.html\n")
+    assert "carried as they are: 1 tensor, 4.00 kB\n" in lorazip("info", "all").out
+    make_adapter("zeros/a", modules={"m": (2000, 2000)})
+    ended = lorazip("compress", "zeros", "-o", "gone", "--ratio", "40")
+    assert ended.code == 0 and "no better than nothing, with an error of 1 or more: a\n" in ended.out
+    ended = lorazip("export", "gone", "-o", "peft")
+    assert ended.out == "a: peft/a (rank 1)\n"  # PEFT has no rank 0
+    assert json.loads(Path("peft/a/adapter_config.json").read_text())["r"] == 1
 
 
 def test_info_of_an_adapter_says_what_would_help(zoo: Path, lorazip: Run) -> None:

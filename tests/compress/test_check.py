@@ -210,3 +210,43 @@ def test_progress_is_told_module_by_module(zoo: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tmp_path / "team")
     check.compare(bundle, open_adapters([str(zoo)]).adapters, CPU, lambda *step: told.append(step))
     assert told == [("comparing", i, 6) for i in range(1, 7)]
+
+
+def cancelling(eps: float) -> dict[str, torch.Tensor]:
+    """B A = eps N A0 of B = (B0, eps N - B0), A = (A0, A0): what is large in both cancels."""
+    random = torch.Generator().manual_seed(1)
+    b, n = torch.randn(2, 64, 4, generator=random)
+    a = torch.randn(4, 48, generator=random)
+    return {f"{Q}.lora_B.weight": torch.cat([b, eps * n - b], 1), f"{Q}.lora_A.weight": torch.cat([a, a])}
+
+
+OPTIONS = [
+    Spec(max_error=0.1),
+    Spec("svd", max_error=0.01),
+    Spec("svd", max_error=0.01, bits=2),
+    Spec("jd-full", max_error=0.1),
+]
+
+
+@pytest.mark.parametrize("spec", OPTIONS, ids=lambda spec: f"{spec.method}-{spec.bits}")
+@pytest.mark.parametrize("eps", [1e-3, 3e-4, 1e-5, 1e-6, 1e-7, 0])
+def test_factors_that_nearly_cancel_are_bounded_and_told_truly(
+    make_adapter: MakeAdapter, tmp_path: Path, eps: float, spec: Spec
+) -> None:
+    """Against the product in float64, which has eight digits of the smallest of these."""
+    shapes = {"model.layers.0.self_attn.q_proj": (64, 48)}
+    odd = make_adapter("zoo/odd", modules=shapes, rank=8, alpha=8, tensors=cancelling(eps))
+    other = make_adapter("zoo/plain", modules=shapes, rank=8)
+    stored = job.run([str(odd), str(other)], spec, tmp_path / "out").bundle
+    assert stored is not None
+    b, a = (t.double() for t in cancelling(eps).values())
+    factor = stored.adapter("odd").low_rank("model.layers.0.self_attn.q_proj")
+    true, kept = b @ a, factor.scale * factor.B.double() @ factor.A.double()
+    record = stored.adapter("odd").record
+    if eps:
+        error = float((kept - true).square().sum() / true.square().sum())
+        assert record.error == pytest.approx(error, rel=1e-4, abs=1e-12)
+        assert record.error <= (spec.max_error or 0)
+    else:
+        assert record.error == 0 and float(kept.abs().max()) < 1e-5
+    assert all(not one.problems for one in compare(tmp_path / "out", odd, other).values())

@@ -23,7 +23,7 @@ def test_gate_passes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     out = capsys.readouterr().out
     assert code == 0
-    assert "gate: whole: keep at least 90 %: 100.0" in out and out.count("-> pass") == 2
+    assert "gate: whole: keep at least 90 %: kept 100.0" in out and out.count("-> pass") == 2
     assert "gate: pass\n" in out and "8 canaries" in out
     assert tiny.json_of(tmp_path / "out" / "results.json")["gate"]["verdict"] == "pass"
 
@@ -34,7 +34,7 @@ def test_gate_fails_if_one_bundle_does(
     code = command(world, "-o", tmp_path / "out", "--min-retention", "0.9")
     out = capsys.readouterr().out
     assert code == 1
-    assert re.search(r"gate: poor: keep at least 90 %: .* -> fail\n", out) and "gate: fail\n" in out
+    assert re.search(r"gate: poor: keep at least 90 %: kept .* -> fail\n", out) and "gate: fail\n" in out
     assert tiny.json_of(tmp_path / "out" / "results.json")["gate"]["verdict"] == "fail"
 
 

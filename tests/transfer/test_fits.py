@@ -205,6 +205,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         (["    raise ValueError(", "ValueError: bad"], "ValueError: bad"),
         (["[rank1]: torch.OutOfMemoryError: much", "DistBackendError: gone"], "torch.OutOfMemoryError: much"),
         (["  traceback : Signal 9 (SIGKILL) received", "x.ChildFailedError: "], "Signal 9 (SIGKILL)"),
+        # torchrun ends the others, and may name one of them first.
+        (["  traceback : Signal 15 (SIGTERM) received", "Signal 9 (SIGKILL) received"], "Signal 9 (SIGKILL)"),
+        (["  traceback : Signal 15 (SIGTERM) received"], "Signal 15 (SIGTERM)"),
         (["RuntimeError: Connection closed by peer"], "RuntimeError: Connection closed by peer"),
         (["a warning with Error in it"], ""),
     ],
