@@ -86,10 +86,11 @@ class Choice:
         verb = "shares" if side.adapters == 1 else "share"
         users = f"{side.adapters} of {self.adapters} adapters {verb}"
         if side.adapters == self.adapters:
-            users = "the adapter shares" if self.adapters == 1 else f"all {self.adapters} adapters share"
-        where = (
-            "" if side.used * self.adapters > side.adapters - 1e-6 else ", in half of their modules or more"
-        )
+            few = {1: "the adapter shares", 2: "both adapters share"}
+            users = few.get(self.adapters, f"all {self.adapters} adapters share")
+        whose = "its" if side.adapters == 1 else "their"
+        everywhere = side.used * self.adapters > side.adapters - 1e-6
+        where = "" if everywhere else f", in half of {whose} modules or more"
         return f"{users} {name}{where}: {what}"
 
     def _own(self) -> str:

@@ -70,6 +70,10 @@ def test_other_sentences() -> None:
     (none,) = choices([Q0], [[()], [None]])
     assert none.sentence == "q: nothing is kept of it"
     assert none.adapters == 1
+    (both,) = choices([Q0], [[ON_RIGHT], [ON_RIGHT]])
+    assert both.sentence.startswith("q: both adapters share the right side: 16 columns")
+    (one,) = choices([Q0, Q1], [[ON_RIGHT, ALONE]])
+    assert one.sentence.startswith("q: the adapter shares the right side, in half of its modules or more: 16")
     many = [replace(Q0, name=f"m.{i}.q") for i in range(4)]
     (few,) = choices(many, [[ON_RIGHT, ALONE, ALONE, ALONE]])
     assert few.sentence.startswith(
@@ -78,7 +82,7 @@ def test_other_sentences() -> None:
     layout = tuple(Shared(side, 6, "int4") for side in ("left", "right") for _ in range(3))  # type: ignore[arg-type]
     core: Form = (Term(0, Core("full", "float16"), 3),)
     (bases,) = choices([replace(Q0, layout=layout)], [[core], [core]])
-    assert bases.sentence.startswith("q: all 2 adapters share both sides: 3 bases of 6 columns, 4 bits; ")
+    assert bases.sentence.startswith("q: both adapters share both sides: 3 bases of 6 columns, 4 bits; ")
     assert (bases.rank, bases.left.own_bits) == (6, None)
 
 
