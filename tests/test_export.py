@@ -43,7 +43,7 @@ def test_all_or_some(team: Bundle, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     done = export(team, [], tmp_path / "all", progress=lambda *step: told.append(step))
     assert done == [
-        Exported(name, tmp_path / "all" / name, rank) for name, rank in (("ant", 4), ("bee", 6), ("cat", 0))
+        Exported(name, tmp_path / "all" / name, rank) for name, rank in (("ant", 4), ("bee", 6), ("cat", 1))
     ]
     assert told == [("exporting", i, 3) for i in (1, 2, 3)]
     assert export(team, ["bee", "ant", "bee"], tmp_path / "some") == [
