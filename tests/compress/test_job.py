@@ -290,3 +290,23 @@ def test_the_default_output_is_in_the_working_directory(
     monkeypatch.chdir(tmp_path)
     assert lorazip.compress([zoo]).names == ["ant", "bee", "cat", "dog"]
     assert Bundle.open("bundle.lorazip").verify() == []
+
+
+def test_numbers_beyond_a_method_end_in_words(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    """Squares of 1e-40 are below what float32 and float64 have: an eigendecomposition of them does not converge."""
+    for name in ("ant", "bee", "cat"):
+        factors = {}
+        for module, (out, in_) in MODULES.items():
+            random = torch.Generator().manual_seed(len(factors))
+            factors[f"base_model.model.{module}.lora_B.weight"] = 1e-40 * torch.randn(
+                out, 4, generator=random
+            )
+            factors[f"base_model.model.{module}.lora_A.weight"] = 1e-40 * torch.randn(
+                4, in_, generator=random
+            )
+        make_adapter(f"tiny/{name}", modules=MODULES, tensors=factors)
+    with pytest.raises(
+        InputError, match="too large or too small to be computed on by this method .*--method svd"
+    ):
+        job.run([str(tmp_path / "tiny")], Spec("jd-diag"), tmp_path / "team")
+    assert not (tmp_path / "team.partial").exists()
