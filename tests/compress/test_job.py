@@ -306,7 +306,7 @@ def test_numbers_beyond_a_method_end_in_words(make_adapter: MakeAdapter, tmp_pat
             )
         make_adapter(f"tiny/{name}", modules=MODULES, tensors=factors)
     with pytest.raises(
-        InputError, match="too large or too small to be computed on by this method .*--method svd"
+        InputError, match=r"too large or too small to be computed on by this method .*--method svd"
     ):
         job.run([str(tmp_path / "tiny")], Spec("jd-diag"), tmp_path / "team")
     assert not (tmp_path / "team.partial").exists()
