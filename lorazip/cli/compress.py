@@ -51,7 +51,12 @@ BITS = click.FloatRange(min(quantized.BITS), max(quantized.BITS))
 @click.option("--budget", type=int, help="auto: bytes of the bundle, at most.")
 @click.option("--calibrate", metavar="MODEL",
               help="auto: the base model (a directory or a Hub id): spend bytes where errors cost most.")  # fmt: skip
-@click.option("--prompts", metavar="FILE", help="--calibrate: texts to measure that on. Default: built-in.")
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="--calibrate: texts to measure that on. Default: built-in.",
+)
 @click.option("--sweep", "sweeping", is_flag=True,
               help="auto: make no bundle to keep, but find what each of --ratios costs in error.")  # fmt: skip
 @click.option("--ratios", metavar="LIST", help="--sweep: these ratios. Default: 4,8,16,32,64.")

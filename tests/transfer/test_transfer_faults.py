@@ -163,14 +163,18 @@ def test_adapter_that_was_damaged_after_its_evaluation_is_not_written(place: Pla
     assert not (tmp_path / "moved").exists()
 
 
-def test_a_broken_state_costs_the_others_nothing(place: Place, tmp_path: Path) -> None:
-    table = tmp_path / "table.jsonl"
-    rows = [
-        {"adapter": str(place.adapter), "name": name, "seeds": str(place.seeds)} for name in ("one", "two")
-    ]
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def listed(place: Place, folder: Path, **moves: dict[str, str]) -> tuple[dict[str, Any], Path]:
+    """A recipe for many, and the table of them: name -> what differs from this place's adapter and seeds."""
+    own = {"adapter": str(place.adapter), "seeds": str(place.seeds)}
+    table = folder / "table.jsonl"
+    table.write_text("".join(json.dumps({"name": name} | own | row) + "\n" for name, row in moves.items()))
     tables = place.tables()
     del tables["source"]["adapter"], tables["inputs"]["seeds"]
+    return tables, table
+
+
+def test_a_broken_state_costs_the_others_nothing(place: Place, tmp_path: Path) -> None:
+    tables, table = listed(place, tmp_path, one={}, two={})
     run(place, tmp_path / "out", tables=tables, table=table, until="label")
     (tmp_path / "out.work" / "one" / "state.json").write_text("{")
     found = {one.name: one for one in run(place, tmp_path / "out", tables=tables, table=table, purge=True)}
@@ -218,16 +222,8 @@ def test_answers_that_never_end_say_so(place: Place, tmp_path: Path) -> None:
 
 
 def test_many_adapters_one_of_them_bad(place: Place, tmp_path: Path) -> None:
-    table = tmp_path / "table.jsonl"
-    rows = [
-        {"adapter": str(place.adapter), "name": "first", "seeds": str(place.seeds)},
-        {"adapter": str(tmp_path / "nothing"), "name": "missing", "seeds": str(place.seeds)},
-        {"adapter": str(place.adapter), "name": "unseeded", "seeds": str(tmp_path / "none.txt")},
-        {"adapter": str(place.adapter), "name": "second", "seeds": str(place.seeds)},
-    ]
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables = place.tables()
-    del tables["source"]["adapter"], tables["inputs"]["seeds"]
+    missing, unseeded = {"adapter": str(tmp_path / "nothing")}, {"seeds": str(tmp_path / "none.txt")}
+    tables, table = listed(place, tmp_path, first={}, missing=missing, unseeded=unseeded, second={})
     found = {one.name: one for one in run(place, tmp_path / "out", tables=tables, table=table)}
     assert {name for name, one in found.items() if one.error is None} == {"first", "second"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "second"}
@@ -237,13 +233,7 @@ def test_many_adapters_one_of_them_bad(place: Place, tmp_path: Path) -> None:
 def test_running_out_of_memory_costs_the_others_nothing(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = tmp_path / "table.jsonl"
-    rows = [
-        {"adapter": str(place.adapter), "name": name, "seeds": str(place.seeds)} for name in ("one", "two")
-    ]
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables = place.tables()
-    del tables["source"]["adapter"], tables["inputs"]["seeds"]
+    tables, table = listed(place, tmp_path, one={}, two={})
     ask = Session.ask
 
     def short(self: Session, calls: Any, what: str = "scoring") -> Any:
