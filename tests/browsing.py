@@ -50,7 +50,6 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--enable-logging=stderr",
     "--v=0",
-    "--virtual-time-budget=10000",
     "--dump-dom",
 )
 
@@ -76,14 +75,23 @@ def visit(html: str, folder: Path, width: int = 1200) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+# Chromium writes the document out once the page has loaded, which waits for pictures in the page and for no promise. So
+# the pictures of the drawings stand in the page once more, and all is measured at once, in the handler of that event.
 PROBE = """<script>
-const pictures = [...document.querySelectorAll("img, image")].map(async (node) => {
-  const picture = new Image();
+const pictures = [...document.querySelectorAll("img, image")].map((node) => {
+  const picture = document.createElement("img");
   picture.src = node.getAttribute("src") || node.getAttribute("href") || node.getAttribute("xlink:href");
-  await picture.decode();
-  return [picture.naturalWidth, picture.naturalHeight];
+  picture.style.position = "absolute";
+  picture.style.width = picture.style.height = "0";
+  document.body.append(picture);
+  return picture;
 });
-Promise.all(pictures).then((sizes) => {
+addEventListener("load", () => {
+  const paper = document.createElement("canvas").getContext("2d");
+  const sizes = pictures.map((picture) => {
+    paper.drawImage(picture, 0, 0);  // an error for a picture that is broken
+    return [picture.naturalWidth, picture.naturalHeight];
+  });
   const boxes = [...document.querySelectorAll("svg")].map((svg) => {
     const box = svg.getBoundingClientRect(), drawn = svg.getBBox();
     return [box.width, box.height, drawn.width, drawn.height];
@@ -102,6 +110,6 @@ def probe(html: str, folder: Path, width: int = 1200) -> dict[str, Any]:
     scripted = html.replace("</body>", f"{PROBE}</body>")
     dom, console = visit(scripted, folder, width)
     assert console == []
-    found = re.search("probe:(.*?):end", dom)
-    assert found
+    found = re.search("<title>probe:(.*?):end</title>", dom)
+    assert found, "the page was written out before it was measured"
     return dict(json.loads(found.group(1).replace("&quot;", '"')))
