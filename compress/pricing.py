@@ -9,9 +9,10 @@ component of singular value s, whose left factor is fitted to the rounded right 
 
     s^2 (1 - (1 - d_left) (1 - d_right))
 
-LEFT hardly depends on the adapter, so bytes and errors of every choice are known without encoding anything. With
-`worth` mu_i bytes for a unit of residual of adapter i, every component takes the rates of least mu s^2 (...) + bytes by
-itself; a module takes the bases of least total. Every such choice is best among all of its own bytes (Everett 1963).
+LEFT hardly depends on the row, and that of whole numbers (8 bits, loadings) on its largest number alone. So bytes and
+errors of every choice are known without encoding anything. With `worth` mu_i bytes for a unit of residual of adapter i,
+every component takes the rates of least mu s^2 (...) + bytes by itself; a module takes the bases of least total. Every
+such choice is best among all of its own bytes (Everett 1963).
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from torch import Tensor
 from lorazip.codecs import codec
 from lorazip.compress.curves import SIZES, Curve
 from lorazip.compress.profile import (
-    LEFT,
-    LOADINGS,
     RATES,
     Bases,
     Basis,
     Profile,
     loading_bits,
+    remainders,
     row_bytes,
+    whole_numbers,
 )
 from lorazip.trellis import DISTORTION
 
 BASIS_RATES = (2, 3, 4)
 PRICES = 2**21  # of a bunch at a time: modules, adapters, rows and pairs of rates
+# Of the cost, what a basis must save: the little that is left of rows near a basis is coded worse than priced.
+MARGIN = 0.005
 LOADED = ((False, False), (False, True), (True, False), (True, True))
 
 
@@ -51,6 +54,7 @@ class Bunch:
         having: (m, n) the adapters that have them.
         energy: (m, n, r) float32, squares of the singular values.
         outside: `Curve.outside` of both sides, (m, n, r, sizes).
+        crest, loaded: likewise, (m, n, r, 1 + sizes) and (m, n, r, sizes).
     """
 
     places: tuple[int, ...]
@@ -58,6 +62,8 @@ class Bunch:
     having: Tensor
     energy: Tensor
     outside: tuple[Tensor, Tensor]
+    crest: tuple[Tensor, Tensor]
+    loaded: tuple[Tensor, Tensor]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,28 +92,43 @@ def bunches(curves: Sequence[Curve]) -> list[Bunch]:
                     tuple(some),
                     torch.tensor([c.having for c in some]),
                     torch.stack([c.sigma.square().float() for c in some]),
-                    (torch.stack([c.outside[0] for c in some]), torch.stack([c.outside[1] for c in some])),
+                    _stacked([c.outside for c in some]),
+                    _stacked([c.crest for c in some]),
+                    _stacked([c.loaded for c in some]),
                 )
             )
     return found
 
 
-def leftover(bunch: Bunch, side: int, used: Sequence[Basis | None]) -> Tensor:
-    """d of every singular vector at every rate: (m, n, r, rates); (1, 1, 1, rates) where no module has a basis.
+def _stacked(sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    left, right = zip(*sides, strict=True)
+    return torch.stack(left), torch.stack(right)
+
+
+def leftover(
+    bunch: Bunch, side: int, used: Sequence[Basis | None], dtype: str, *, usual: bool = False
+) -> Tensor:
+    """d of every singular vector at every rate: (m, n, r, rates).
 
     Args:
         used: of every module, the basis on which there are loadings.
+        usual: at 8 bits a mean for the module: (m, 1, 1, rates) where no module has a basis.
     """
-    left = torch.tensor(LEFT)
+    place = torch.tensor([SIZES.index(b.columns) + 1 if b else 0 for b in used]).view(-1, 1, 1, 1)
+    crest = bunch.crest[side].gather(3, place.expand(*bunch.energy.shape, 1))[..., 0]
+    if usual:
+        there = bunch.energy > 0
+        crest = ((crest * there).sum((1, 2)) / there.sum((1, 2)).clamp_min(1))[:, None, None]
+    coded = remainders(crest, dtype)
     if not any(used):
-        return left.view(1, 1, 1, -1)
-    size = torch.tensor([SIZES.index(b.columns) if b else 0 for b in used]).view(-1, 1, 1, 1)
+        return coded
     share = torch.tensor([1 - DISTORTION[b.rate] if b else 0.0 for b in used]).view(-1, 1, 1)
     columns = torch.tensor([b.columns if b else 0 for b in used]).view(-1, 1, 1, 1)
-    outside = bunch.outside[side]
-    held = (1 - outside.gather(3, size.expand(*outside.shape[:3], 1))[..., 0]) * share
-    loadings = torch.tensor([LOADINGS[loading_bits(rate)] for rate in RATES])
-    own = left * torch.where(left < 1, 1 - columns / bunch.shape[side], 1)
+    known = (place - 1).clamp_min(0).expand(*bunch.energy.shape, 1)
+    held = (1 - bunch.outside[side].gather(3, known)[..., 0]) * share
+    loaded = bunch.loaded[side].gather(3, known)[..., 0]
+    loadings = torch.stack([whole_numbers(loaded, loading_bits(rate)) for rate in RATES], -1)
+    own = coded * torch.where(coded < 1, 1 - columns / bunch.shape[side], 1)
     return (1 - held)[..., None] * own + held[..., None] * loadings
 
 
@@ -166,7 +187,7 @@ def priced(bunch: Bunch, bases: Sequence[Bases], worth: Tensor, dtype: str, *, u
     for tried in [*([flag] * len(most) for flag in flags), *([most] if usual and any(most) else [])]:
         possible = torch.tensor([_possible(b, i) for b, i in zip(bases, tried, strict=True)])
         if bool(possible.any()):
-            one = _priced(bunch, bases, mu, dtype, tried)
+            one = _priced(bunch, bases, mu, dtype, tried, usual)
             found.append(replace(one, cost=torch.where(possible[:, None], one.cost, torch.inf)))
     best = torch.stack([one.cost for one in found]).argmin(0)[None]
 
@@ -183,7 +204,9 @@ def _possible(bases: Bases, flag: int) -> bool:
     return (bases.left is not None or not left) and (bases.right is not None or not right)
 
 
-def _priced(bunch: Bunch, bases: Sequence[Bases], mu: Tensor, dtype: str, flags: Sequence[int]) -> Priced:
+def _priced(
+    bunch: Bunch, bases: Sequence[Bases], mu: Tensor, dtype: str, flags: Sequence[int], usual: bool
+) -> Priced:
     used = [
         [
             (b.left, b.right)[side] if LOADED[flag][side] else None
@@ -191,15 +214,15 @@ def _priced(bunch: Bunch, bases: Sequence[Bases], mu: Tensor, dtype: str, flags:
         ]
         for side in (0, 1)
     ]
-    left, right = (leftover(bunch, side, each) for side, each in enumerate(used))
+    first, second = (leftover(bunch, side, each, dtype, usual=usual) for side, each in enumerate(used))
     sizes = [
         torch.stack([_side_bytes(bunch.shape[side], side, basis, dtype) for basis in each])
         for side, each in enumerate(used)
     ]
     nbytes = (sizes[0][:, :, None] + sizes[1][:, None, :]).flatten(1)  # (m, rates^2)
-    left, right = left[..., :, None], right[..., None, :]
-    # (m, n, r, rates^2) or ones; as exact where little is lost as where much is
-    lost = (left + right - left * right).flatten(-2)
+    first, second = first[..., :, None], second[..., None, :]
+    # (m, n, r, rates^2), or ones for n and r; as exact where little is lost as where much is
+    lost = (first + second - first * second).flatten(-2)
     value = mu * bunch.energy  # (m, n, r)
     least, at = torch.addcmul(nbytes[:, None, None], value[..., None], lost).min(3)
     kept = least < value
@@ -247,6 +270,8 @@ def _options(bunch: Bunch, side: int) -> list[Basis | None]:
 
 
 def _total(bunch: Bunch, bases: Sequence[Bases], worth: Tensor, dtype: str) -> Tensor:
-    """(m,)."""
+    """(m,) the cost of modules with these bases, a side without one at a discount."""
     own = priced(bunch, bases, worth, dtype, usual=True).cost.double().sum(1)
-    return own + torch.tensor([float(basis_bytes(bunch.curves[0], b)) for b in bases], dtype=torch.float64)
+    shared = [float(basis_bytes(bunch.curves[0], b)) for b in bases]
+    alone = [(1 - MARGIN) ** [b.left, b.right].count(None) for b in bases]
+    return (own + own.new_tensor(shared)) * own.new_tensor(alone)

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
+from torch import Tensor
+
 from lorazip import trellis
 from lorazip.codecs import MAX_NAME, codec
 from lorazip.terms import Core, Form, Layout, Own, Shared, Term
@@ -21,10 +24,10 @@ from lorazip.terms import Core, Form, Layout, Own, Shared, Term
 INT8 = 8.0
 WHOLE = 16.0  # a floating-point type
 RATES = (0.0, *trellis.RATES, INT8, WHOLE)  # bits a number of an own row
-# What is left of the energy of a row at each rate; 8 bits: of normal rows of 576 numbers, and of those of examples/zoo
-LEFT = (1.0, *trellis.DISTORTION.values(), 5.5e-5, 1e-7)
-# What whole numbers of so many bits leave of loadings, whose sizes differ more than normally distributed ones do
-LOADINGS = {4: 0.008, 6: 5e-4, 8: 3e-5}
+# What is left of the energy of a row at the rates of a trellis, and at 0
+CODED = (1.0, *trellis.DISTORTION.values())
+# What whole numbers leave, in units of crest / (3 (2^bits - 1)^2): the scale of least error is not quite the largest's
+WHOLE_NUMBERS = {4: 0.91, 6: 0.96, 8: 0.985}
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,35 @@ def row_codec(rate: float, dtype: str, unit: bool) -> str:
     if rate == INT8:
         return "int8"
     return f"tcq{trellis.name(rate)}{'u' if unit and rate else ''}"
+
+
+def remainders(crest: Tensor, dtype: str) -> Tensor:
+    """What is left of the energy of own rows at every rate: (..., rates).
+
+    Args:
+        crest: of these rows (...).
+        dtype: the floating-point type, whose rounding leaves 0.045 eps^2 of normally distributed numbers.
+    """
+    coded = torch.tensor(CODED).expand(*crest.shape, -1)
+    floating = torch.tensor(0.045 * torch.finfo(getattr(torch, dtype)).eps ** 2).expand(*crest.shape, 1)
+    return torch.cat([coded, whole_numbers(crest, 8)[..., None].float(), floating], -1)
+
+
+def crest(rows: Tensor) -> Tensor:
+    """d max x^2 / ||x||^2 of rows (n, d), (n,): the square of the crest factor; 0 for a row of zeros."""
+    most, size = (torch.linalg.vector_norm(rows, ord, dim=1) for ord in (torch.inf, 2))
+    found: Tensor = (most / size.clamp_min(1e-30)).square() * rows.shape[1]
+    return found
+
+
+def whole_numbers(crest: Tensor, bits: int) -> Tensor:
+    """What so many bits leave of the energy of rows of this crest.
+
+    2^bits - 1 steps reach from the largest number to its negative, and an error even within a step is a twelfth of its
+    square: crest / (3 (2^bits - 1)^2).
+    """
+    steps: int = 2**bits - 1
+    return crest * (WHOLE_NUMBERS[bits] / (3 * steps**2))
 
 
 def loading_bits(rate: float) -> int:
