@@ -111,14 +111,14 @@ def test_the_file_says_all(zoo: Path, tmp_path: Path) -> None:
 
 
 def test_real_adapters(tmp_path: Path) -> None:
-    """Three of the zoo: what a dry run predicts comes out within some per cent."""
+    """Three of the zoo: what a dry run predicts comes out within two per cent."""
     names = ["ii_sum", "fv_product_company", "lre_landmark_on_continent"]
     paths = [ZOO / name for name in names]
     predicted = sweep.run(paths, SPEC, [8, 40], None, dry_run=True)
     measured = sweep.run(paths, SPEC, [8, 40], tmp_path / "f")
     for one, other in zip(predicted.points, measured.points, strict=True):
         assert one.bundle_bytes == pytest.approx(other.bundle_bytes, rel=0.001)
-        assert one.mean_error == pytest.approx(other.mean_error, rel=0.05)
+        assert one.mean_error == pytest.approx(other.mean_error, rel=0.02)
     first, second = measured.points
     assert first.mean_error is not None and second.mean_error is not None
     assert first.mean_error < second.mean_error
