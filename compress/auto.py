@@ -241,7 +241,7 @@ def _predicted(
             continue
         captured = squares[:, :most, None]
         for side, basis in enumerate(used):
-            kept = (1 - pricing.leftover(one, side, [basis], dtype)[0])[list(rows), :most].double()
+            kept = 1 - pricing.leftover(one, side, [basis], dtype)[0, list(rows), :most].double()
             at = table.sides[side, :most][:, mine]
             captured = captured * torch.nn.functional.pad(kept, (0, 1)).gather(
                 2, at.expand(len(rows), -1, -1)

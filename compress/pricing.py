@@ -28,6 +28,7 @@ from lorazip.codecs import codec
 from lorazip.compress.curves import SIZES, Curve
 from lorazip.compress.profile import (
     RATES,
+    TWICE,
     Bases,
     Basis,
     Profile,
@@ -112,24 +113,49 @@ def leftover(
 
     Args:
         used: of every module, the basis on which there are loadings.
-        usual: at 8 bits a mean for the module: (m, 1, 1, rates) where no module has a basis.
+        usual: rows of a module alike but for what they have on its basis: (m, 1, 1, rates) where no module has one.
     """
+    width = bunch.shape[side]
+    there = bunch.energy > 0
     place = torch.tensor([SIZES.index(b.columns) + 1 if b else 0 for b in used]).view(-1, 1, 1, 1)
-    crest = bunch.crest[side].gather(3, place.expand(*bunch.energy.shape, 1))[..., 0]
+    crest = bunch.crest[side].gather(3, place.expand(*there.shape, 1))[..., 0]
+    ranks = there.sum(2)[..., None, None].float()
     if usual:
-        there = bunch.energy > 0
         crest = ((crest * there).sum((1, 2)) / there.sum((1, 2)).clamp_min(1))[:, None, None]
+        ranks = ranks.mean(1, keepdim=True)
     coded = remainders(crest, dtype)
+    if not usual:
+        coded[..., -1] = (coded[..., -1] + _underflow(bunch, width, dtype)).clamp_max(1)
+    # Left rows are fitted to the right ones as stored, and make good what of these errors they can reach.
+    good = ranks / width if side == 1 else torch.zeros(())
     if not any(used):
-        return coded
-    share = torch.tensor([1 - DISTORTION[b.rate] if b else 0.0 for b in used]).view(-1, 1, 1)
+        return torch.where(coded < 1, coded * (1 - good), 1)
+    noise = torch.tensor([DISTORTION[b.rate] if b else 1.0 for b in used]).view(-1, 1, 1)
     columns = torch.tensor([b.columns if b else 0 for b in used]).view(-1, 1, 1, 1)
-    known = (place - 1).clamp_min(0).expand(*bunch.energy.shape, 1)
-    held = (1 - bunch.outside[side].gather(3, known)[..., 0]) * share
+    twice = [[TWICE[b.rate].get(rate, 0.0) if b else 0.0 for rate in RATES] for b in used]
+    known = (place - 1).clamp_min(0).expand(*there.shape, 1)
+    inside = 1 - bunch.outside[side].gather(3, known)[..., 0]
+    held = inside * (1 - noise)
+    again = inside * noise / (1 - held).clamp_min(1e-30)  # of what is coded, the share that a basis left
+    own = torch.where(coded < 1, coded * (1 - good - columns / width), 1)
+    own = own * (1 + torch.tensor(twice)[:, None, None] * again.square()[..., None])
     loaded = bunch.loaded[side].gather(3, known)[..., 0]
+    if side == 1:
+        reached = (held * there).sum(2, keepdim=True) / columns[..., 0].clamp_min(1)
+        loaded = loaded * (1 - reached.clamp_max(1))
     loadings = torch.stack([whole_numbers(loaded, loading_bits(rate)) for rate in RATES], -1)
-    own = coded * torch.where(coded < 1, 1 - columns / bunch.shape[side], 1)
-    return (1 - held)[..., None] * own + held[..., None] * loadings
+    return (1 - held)[..., None] * own.clamp_max(1) + held[..., None] * loadings
+
+
+def _underflow(bunch: Bunch, width: int, dtype: str) -> Tensor:
+    """What a floating-point type leaves of rows of very small numbers, whose least step is absolute: (m, n, r).
+
+    The factors are balanced, so that a row's energy is its singular value.
+    """
+    info = torch.finfo(getattr(torch, dtype))
+    weight = torch.tensor([c.weight for c in bunch.curves])[:, None, None]
+    size = (bunch.energy / weight).sqrt().clamp_min(1e-30)
+    return width * (info.smallest_normal * info.eps) ** 2 / 12 / size
 
 
 def side_bytes(curve: Curve, side: int, basis: Basis | None, dtype: str) -> Tensor:

@@ -10,8 +10,9 @@ d_j of its energy, is known, and what is stored of it is (1 - d_j) u_j and noise
 
     W = (V^ V^^T + diag(d_j / (1 - d_j) ||v^_j||^2))^-1 V^ D_i^T    u_j = w_j / (1 - d_j)
 
-is best. It differs where rounded right rows nearly depend on each other: there the least squares alone would be large
-numbers that cancel, and their noise would not. Loadings are fitted last on each side: to the row less its own rounded
+is best, for what lies outside of a shared basis and for what lies inside each by its own d_j. It differs where rounded
+right rows nearly depend on each other: there the least squares alone would be large numbers that cancel, and their
+noise would not. Loadings are fitted last on each side: to the row less its own rounded
 part. Several modules are encoded together, because the rows of one rate and width are: a trellis takes as many steps
 for ten rows as for sixty, on a GPU as for hundreds. A module of many adapters is encoded some adapters at a time,
 because the work space of a row is ten times the row.
@@ -35,7 +36,16 @@ from lorazip.compress.auto import Plan
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.joint import Pair
 from lorazip.compress.lowrank import Stack
-from lorazip.compress.profile import INT8, RATES, Basis, loading_bits, remainders, row_codec, runs
+from lorazip.compress.profile import (
+    INT8,
+    RATES,
+    Basis,
+    loading_bits,
+    remainders,
+    row_codec,
+    runs,
+    whole_numbers,
+)
 from lorazip.compress.spec import Spec
 from lorazip.errors import CodecError
 from lorazip.terms import Form, Slot, own_slots
@@ -128,15 +138,17 @@ class _Side:
     own: list[dict[int, Parts]] = field(init=False)
     loadings: list[list[Parts]] = field(init=False)
 
-    def lost(self, dtype: str) -> Tensor:
-        """(n, k) what rounding will leave of every row's energy: of what lies outside of the basis, by its rate."""
-        table = remainders(torch.zeros(()), dtype)  # and next to nothing at 8 bits
-        found = self.rows.new_zeros(self.rows.shape[:2])
+    def lost(self, dtype: str) -> tuple[Tensor, Tensor]:
+        """What rounding will leave of the energy of every row, outside of the basis and inside: (n, k) each.
+
+        Outside by its rate, and next to nothing at 8 bits; inside by the bits of its loadings, whose crest is about 2.
+        """
+        outside = remainders(torch.zeros(()), dtype)
+        inside = torch.tensor([float(whole_numbers(torch.tensor(2.0), loading_bits(rate))) for rate in RATES])
+        place = torch.zeros(self.rows.shape[:2], dtype=torch.long)
         for i, each in enumerate(self.rates):
-            found[i, : len(each)] = table[[RATES.index(rate) for rate in each]].to(found)
-        inverse = torch.linalg.pinv(self.basis.double() @ self.basis.double().T, hermitian=True)
-        apart = self.rows - _loadings(self.rows, self.basis, inverse, self.loaded) @ self.basis
-        return found * apart.square().sum(2) / self.rows.square().sum(2).clamp_min(1e-30)
+            place[i, : len(each)] = torch.tensor([RATES.index(rate) for rate in each])
+        return outside.to(self.rows)[place], inside.to(self.rows)[place]
 
     def parts(self, i: int) -> Iterator[Tensor]:
         """Of adapter i's tensors, in file order: its rows, then its loadings if it has any."""
@@ -230,13 +242,19 @@ class _Piece:
         fixed = self.right.values.double()
         gram = fixed @ fixed.mT
         size = gram.diagonal(dim1=1, dim2=2)
-        lost = self.left.lost(self.of_module.dtype).double().clamp_max(1 - RIDGE)
-        noise = lost / (1 - lost) + RIDGE
-        # A row of zeros (beyond the rank, or nothing stored) gets one on the diagonal and so a zero row.
-        gram = gram + torch.diag_embed(torch.where(size > 0, noise * size, 1))
         left, right = (self.part.pad(rows).double() for rows in (self.part.left, self.part.right))
-        solved: Tensor = torch.linalg.solve(gram, fixed @ right.mT) @ left
-        return (solved / (1 - lost)[..., None]).float()
+        basis = self.left.basis.double()
+        inverse = torch.linalg.pinv(basis @ basis.T, hermitian=True)
+        inside = _loadings(left, basis, inverse, self.left.loaded) @ basis
+        found = torch.zeros_like(self.left.rows)
+        for rows, lost in zip((left - inside, inside), self.left.lost(self.of_module.dtype), strict=True):
+            lost = lost.double().clamp_max(1 - RIDGE)
+            noise = lost / (1 - lost) + RIDGE
+            # A row of zeros (beyond the rank, or nothing stored) gets one on the diagonal and so a zero row.
+            metric = gram + torch.diag_embed(torch.where(size > 0, noise * size, 1))
+            solved = torch.linalg.solve(metric, fixed @ right.mT) @ rows
+            found += (solved / (1 - lost)[..., None]).float()
+        return found
 
     def finish(self) -> None:
         """Hand the module what is stored of these adapters, and their residuals.

@@ -26,6 +26,7 @@ from lorazip.compress.profile import (
     NOTHING,
     ORIGINAL,
     RATES,
+    TWICE,
     WHOLE,
     WHOLE_NUMBERS,
     Bases,
@@ -78,21 +79,33 @@ def best_bases(one: Curve, worth: Tensor, start: Bases) -> Bases:
 
 
 def left(one: Curve, side: int, basis: Basis | None, adapter: int, row: int, rate: float) -> float:
-    """d = rho LEFT(R) (1 - b / width) + (1 - rho) LOADINGS, rho outside of the basis as it is stored."""
+    """d = rho LEFT(R) (1 - b / width) + (1 - rho) LOADINGS, rho outside of the basis as it is stored.
+
+    Of what right rows lose, left rows make good what lies in the space of the rows: of own rows rank / width, of
+    loadings as much as the rows have of the basis.
+    """
     place = 0 if basis is None else SIZES.index(basis.columns) + 1
-    if rate == WHOLE:  # float16: 11 bits of a number
-        own = 0.18 * 2.0**-22
+    width, rank = one.shape[side], int((one.sigma[adapter] > 0).sum())
+    if rate == WHOLE:  # float16: 11 bits of a number, and no step less than 2^-24
+        own = min(1.0, 0.18 * 2.0**-22 + width * 2.0**-48 / 12 / max(float(one.sigma[adapter, row]), 1e-30))
     elif rate == INT8:
         own = numbers(float(one.crest[side][adapter, row, place]), 8)
     else:
         own = CODED[RATES.index(rate)]
+    good = rank / width * side
     if basis is None:
-        return own
-    outside = float(one.outside[side][adapter, row, place - 1])
-    rho = 1 - (1 - outside) * (1 - trellis.DISTORTION[basis.rate])
-    taken = 1 - basis.columns / one.shape[side] if rate else 1  # rows of nothing have no noise to take off
-    loadings = numbers(float(one.loaded[side][adapter, row, place - 1]), loading_bits(rate))
-    return rho * own * taken + (1 - rho) * loadings
+        return own * (1 - good) if own < 1 else 1
+    noise = trellis.DISTORTION[basis.rate]
+    inside = [(1 - float(one.outside[side][adapter, k, place - 1])) for k in range(rank)]
+    row_inside = 1 - float(one.outside[side][adapter, row, place - 1])
+    held = row_inside * (1 - noise)
+    if own < 1:  # rows of nothing have no noise to take off
+        own *= 1 - good - basis.columns / width
+    own *= 1 + TWICE[basis.rate].get(rate, 0) * (row_inside * noise / (1 - held)) ** 2
+    loaded = float(one.loaded[side][adapter, row, place - 1])
+    if side == 1:
+        loaded *= 1 - min(1.0, sum(inside) * (1 - noise) / basis.columns)
+    return (1 - held) * min(own, 1.0) + held * numbers(loaded, loading_bits(rate))
 
 
 def numbers(crest: float, bits: int) -> float:
