@@ -118,7 +118,7 @@ def test_the_bytes_are_those_on_disk(zoo: Path, tmp_path: Path, options: dict[st
     assert sum(c.own_bytes for c in outcome.choices) == sizes["own"]
     assert sum(c.error or 0 for c in outcome.choices) == pytest.approx(1)
     if options["method"] == "auto":
-        assert all(c.right.used > 0.5 for c in outcome.choices)  # they have one A
+        assert all(c.right.used >= 0.5 for c in outcome.choices)  # they have one A
 
 
 def test_a_dry_run_knows_them_too(zoo: Path, tmp_path: Path) -> None:
