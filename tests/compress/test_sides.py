@@ -1,8 +1,7 @@
-"""What is encoded as planned, read by the second reader of docs/FORMAT.md and measured densely; predictions of it."""
+"""What is encoded as planned, read by the second reader of docs/FORMAT.md and measured densely."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -17,15 +16,14 @@ from handmade import MakeAdapter
 from hypothesis import given
 from hypothesis import strategies as st
 from planned import task
-from reference import ZOO, dense, modules, related, steady, unimodular
+from reference import dense, modules, related, steady, unimodular
 from torch import Tensor
 
 from lorazip import Bundle, trellis
 from lorazip.adapter import LowRank
 from lorazip.codecs import Coded
-from lorazip.compress import job, planning, sides
+from lorazip.compress import job, sides
 from lorazip.compress.auto import Plan
-from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.profile import (
     INT8,
@@ -43,7 +41,7 @@ from lorazip.compress.sides import encode_planned
 from lorazip.compress.spec import Spec
 from lorazip.errors import CodecError
 from lorazip.manifest import pack_term
-from lorazip.sources import Inputs, open_adapters
+from lorazip.sources import open_adapters
 
 SPEC = Spec(ratio=4.0, device="cpu")
 BOTH = Bases(Basis(4, 3), Basis(4, 2))
@@ -386,53 +384,3 @@ def test_values_that_the_type_cannot_hold_are_named() -> None:
     with pytest.raises(CodecError, match=r"b\.k_proj: a value of .* does not fit F16 \(use --dtype"):
         encode_planned([task("a.q_proj", fine, plan), task("b.k_proj", high, plan)], SPEC)
     encode_planned([task("b.k_proj", high, plan)], replace(SPEC, dtype="bfloat16"))
-
-
-# --- predictions on real adapters -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def inputs() -> Inputs:
-    return open_adapters([str(ZOO)])
-
-
-@pytest.fixture(scope="module")
-def surveyed(inputs: Inputs) -> list[Curve]:
-    """Of all modules of the zoo."""
-    return [planning.survey(inputs, SPEC, name) for name in inputs.modules]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "near"), [(1.5, 0.03), (2.0, 0.03), (3.0, 0.02), (4.0, 0.02), (16.0, 0.01), (64.0, 0.01)]
-)
-def test_errors_are_foreseen(inputs: Inputs, surveyed: list[Curve], ratio: float, near: float) -> None:
-    """Every tenth module of twelve real adapters, chosen among all: the sum of the adapters' shares of energy."""
-    spec = replace(SPEC, ratio=ratio)
-    choice = planning.choose(inputs, spec, surveyed)
-    foreseen = choice.table.residuals.gather(2, choice.chosen[..., None])[..., 0]
-    at = range(0, len(surveyed), 10)
-    names = list(inputs.modules)
-    tasks = [
-        task(names[m], [adapter.low_rank(names[m]) for adapter in inputs.adapters], choice.plans[m])
-        for m in at
-    ]
-    found = torch.stack([code.residuals for code in encode_planned(tasks, spec)], 1)
-    shares = [
-        (residuals.sum(1) / choice.table.energies).sum() for residuals in (foreseen[:, list(at)], found)
-    ]
-    assert float(shares[0]) == pytest.approx(float(shares[1]), rel=near)
-
-
-def test_adapters_of_one_start_share_their_right_sides(inputs: Inputs, surveyed: list[Curve]) -> None:
-    """Their A began as one: it is stored for most modules, and rows of their own take fewer bits than the others'."""
-    starts = {r["task"]: r["init"] for r in map(json.loads, (ZOO / "scores.jsonl").read_text().splitlines())}
-    together = [starts[adapter.name] == "shared" for adapter in inputs.adapters]
-    assert sum(together) == 6
-    bits: dict[bool, list[float]] = {True: [], False: []}
-    loaded = 0
-    for plan in planning.choose(inputs, replace(SPEC, ratio=16.0), surveyed).plans:
-        for same, profile in zip(together, plan.profiles, strict=True):
-            bits[same].append(sum(profile.right) / max(profile.rank, 1))
-            loaded += same and profile.loaded[1]
-    assert loaded > 0.75 * len(bits[True])
-    assert sum(bits[True]) < 0.85 * sum(bits[False])
