@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 from lorazip.compress import pricing, rate
 from lorazip.compress.curves import Curve
 from lorazip.compress.pricing import LOADED
-from lorazip.compress.profile import NOTHING, ORIGINAL, RATES, WHOLE, Bases, Profile
+from lorazip.compress.profile import NOTHING, ORIGINAL, RATES, WHOLE, Bases, Basis, Profile
 from lorazip.errors import UndecidedError
 
 MENU = 250  # profiles at most, besides those of floating-point numbers
@@ -143,7 +145,8 @@ def menu(curves: Sequence[Curve], bases: Sequence[Bases], worth: Tensor, dtype: 
             units = Counter(zip(map(tuple, rates_of), loaded_of, strict=True))
             for (rates, loaded), count in units.items():
                 wanted[pricing.profile(rates, loaded)] += count
-    offers = [NOTHING, *(p for p, _ in wanted.most_common() if p.rank and p.nameable)][:OFFERS]
+    most = (p for p, _ in wanted.most_common() if p.rank and p.nameable)
+    offers = [NOTHING, *islice(most, OFFERS - 1)]
     table = _Rates.of(offers)
     step = -(-sum(len(c.having) for c in curves) // SAMPLE)
     costs, at = [], 0
@@ -234,6 +237,13 @@ def _predicted(
     most = min(squares.shape[1], table.sides.shape[1])
     residuals = torch.full((len(rows), len(table.ranks)), torch.inf, dtype=torch.float64)
     nbytes = torch.zeros(len(table.ranks), dtype=torch.float64)
+
+    @cache
+    def kept(side: int, basis: Basis | None) -> Tensor:
+        """Of a row's energy at every rate, and 0 beyond the rank: (rows, most, 1 + rates)."""
+        left = pricing.leftover(one, side, [basis], dtype)[0, list(rows), :most].double()
+        return torch.nn.functional.pad(1 - left, (0, 1))
+
     for index, loaded in enumerate(LOADED):
         used = [b if on else None for b, on in zip((bases.left, bases.right), loaded, strict=True)]
         mine = ((table.loaded == index) & (table.ranks <= most)).nonzero()[:, 0]
@@ -241,11 +251,8 @@ def _predicted(
             continue
         captured = squares[:, :most, None]
         for side, basis in enumerate(used):
-            kept = 1 - pricing.leftover(one, side, [basis], dtype)[0, list(rows), :most].double()
             at = table.sides[side, :most][:, mine]
-            captured = captured * torch.nn.functional.pad(kept, (0, 1)).gather(
-                2, at.expand(len(rows), -1, -1)
-            )
+            captured = captured * kept(side, basis).gather(2, at.expand(len(rows), -1, -1))
             sizes = torch.nn.functional.pad(pricing.side_bytes(curve, side, basis, dtype), (0, 1))
             nbytes[mine] += sizes[at].sum(0).double()
         left = (squares.sum(1, keepdim=True) - captured.sum(1)).clamp_min(0)
@@ -318,7 +325,8 @@ def for_budget(
             f"{budget} bytes are too few: names, configs and headers alone take {least} (allow more bytes)"
         )
     best, best_loss = chosen, float("inf")
-    around = float(least)  # bytes of the bundle that are not own tensors
+    shared = sum(pricing.basis_bytes(c, b) for c, b in zip(curves, table.bases, strict=True))
+    around = float(least + shared)  # bytes of the bundle that are not own tensors
     for _ in range(TRIES):
         tried = within_bytes(table, budget - around, weights)
         own = float(table.nbytes.gather(2, tried[..., None]).sum())

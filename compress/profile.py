@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -90,23 +91,25 @@ class Profile:
         left, right = (next(places) if basis else None for basis in (bases.left, bases.right))
         return (
             Term(
-                self._side(self.left, left if self.loaded[0] else None, dtype, unit=False),
+                _side(self.left, left if self.loaded[0] else None, dtype, unit=False),
                 Core("scalar"),
-                self._side(self.right, right if self.loaded[1] else None, dtype, unit=True),
+                _side(self.right, right if self.loaded[1] else None, dtype, unit=True),
             ),
         )
-
-    def _side(self, rates: tuple[float, ...], basis: int | None, dtype: str, unit: bool) -> Own:
-        own = mixture(row_codec(rate, dtype, unit) for rate in rates)
-        if basis is None:
-            return Own(len(rates), own)
-        return Own(len(rates), own, basis, mixture(f"int{loading_bits(rate)}" for rate in rates))
 
     @property
     def nameable(self) -> bool:
         """Whether the names of its codecs are short enough."""
-        sides = (self._side(rates, 0, "bfloat16", True) for rates in (self.left, self.right))
+        sides = (_side(rates, 0, "bfloat16", True) for rates in (self.left, self.right))
         return all(max(len(side.codec), len(side.loadings)) <= MAX_NAME for side in sides)
+
+
+@lru_cache(maxsize=2**14)  # asked for by every adapter in every module, a few hundred are different
+def _side(rates: tuple[float, ...], basis: int | None, dtype: str, unit: bool) -> Own:
+    own = mixture(row_codec(rate, dtype, unit) for rate in rates)
+    if basis is None:
+        return Own(len(rates), own)
+    return Own(len(rates), own, basis, mixture(f"int{loading_bits(rate)}" for rate in rates))
 
 
 NOTHING = Profile()

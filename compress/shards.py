@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -112,8 +113,17 @@ def describe(code: ModuleCode, out: int, in_: int) -> Shard:
 def _extents(
     layout: Layout, forms: Sequence[Form], out: int, in_: int
 ) -> tuple[tuple[Offsets, ...], Offsets]:
-    starts = offsets([own_slots(form, layout, out, in_) for form in forms])
+    starts: list[Offsets] = [{}]
+    for form in forms:
+        sizes, last = _sizes(form, layout, out, in_), starts[-1]
+        starts.append(last | {dtype: last.get(dtype, 0) + count for dtype, count in sizes.items()})
     return tuple(starts), offsets([shared_slots(layout, out, in_)])[-1]
+
+
+@lru_cache(maxsize=2**14)  # a choice is tried several times, and its forms are few
+def _sizes(form: Form, layout: Layout, out: int, in_: int) -> Offsets:
+    """Elements of an adapter's own tensors in every stream."""
+    return offsets([own_slots(form, layout, out, in_)])[-1]
 
 
 def streams(counts: Sequence[Offsets]) -> list[tuple[str, int]]:
