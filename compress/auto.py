@@ -354,19 +354,20 @@ def corrected(table: Tables, chosen: Tensor, measured: Tensor) -> Tables:
 
 
 def repaired(
-    table: Tables, chosen: Tensor, measured: Tensor, bound: float, attempt: int
+    table: Tables, chosen: Tensor, measured: Tensor, allowed: Tensor, attempt: int
 ) -> tuple[Tables, Tensor] | None:
     """Choose again for adapters that miss the bound; None when all meet it.
 
     Args:
         measured: (n, m) residuals of what is stored.
+        allowed: (n,) what their sums may be.
         attempt: 0, 1 ...: later ones aim lower.
     """
-    missed = measured.nansum(1) > bound * table.energies
+    missed = measured.nansum(1) > allowed
     if not bool(missed.any()):
         return None
     table = corrected(table, chosen, measured)
-    again = within_errors(table, (1 - 0.004 * attempt) * bound * table.energies)
+    again = within_errors(table, (1 - 0.004 * attempt) * allowed)
     if attempt >= REPAIRS:
         again = torch.where(measured.isnan(), 0, len(table.menu) - 1)
     return table, torch.where(missed[:, None], again, chosen)

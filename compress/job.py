@@ -22,8 +22,8 @@ from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.methods import METHODS
 from lorazip.compress.outcome import Outcome, outcome
+from lorazip.compress.planning import Choice
 from lorazip.compress.shards import Shard
-from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
 from lorazip.errors import Defect, InputError
 from lorazip.memory import PeakMemory
@@ -191,15 +191,13 @@ def encode_planned(
     while True:
         plans = choice.plans
 
-        def some(indices: Sequence[int], plans: list[Plan] = plans) -> list[Shard]:
-            paths = [folder / f"{i:05d}-{plans[i].digest}.safetensors" for i in indices]
+        def some(indices: Sequence[int], choice: Choice = choice) -> list[Shard]:
+            paths = [folder / f"{i:05d}-{choice.plans[i].digest}.safetensors" for i in indices]
             return _encode_some(
                 inputs,
                 indices,
                 paths,
-                lambda ms: sides.encode_planned(
-                    [Task(n, f, plans[i], surveyed[i].directions) for i, n, f in ms], spec
-                ),
+                lambda ms: sides.encode_planned([choice.task(*module) for module in ms], spec),
             )
 
         todo = [i for i, plan in enumerate(plans) if (i, plan) not in done]

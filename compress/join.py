@@ -25,7 +25,6 @@ from lorazip.compress.joint import Pair
 from lorazip.compress.methods import METHODS
 from lorazip.compress.own import own_factors
 from lorazip.compress.planning import Choice
-from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import OwnFactors
 from lorazip.edit import changing, commit
@@ -115,10 +114,7 @@ def _planned(inputs: Inputs, adapter: Adapter, spec: Spec) -> Iterator[tuple[str
     choice: Choice | None = planning.choose(one, spec, curves)
     codes: list[ModuleCode] = []
     while choice is not None:
-        tasks = [
-            Task(name, [adapter.low_rank(name)], plan, curve.directions)
-            for name, plan, curve in zip(one.modules, choice.plans, curves, strict=True)
-        ]
+        tasks = [choice.task(place, name, [adapter.low_rank(name)]) for place, name in enumerate(one.modules)]
         codes = sides.encode_planned(tasks, spec)
         encoded = [shards.describe(c, *shape) for c, shape in zip(codes, one.modules.values(), strict=True)]
         choice = planning.repaired(one, spec, choice, encoded)

@@ -7,17 +7,20 @@ only shards of the same choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from lorazip.compress import auto, curves, encode, shards
+from lorazip.adapter import LowRank
+from lorazip.compress import auto, curves, encode, shards, shrinkage
 from lorazip.compress.assemble import SizeSink, assemble, module_errors
 from lorazip.compress.auto import Plan
 from lorazip.compress.curves import Curve
 from lorazip.compress.encode import ModuleCode
 from lorazip.compress.profile import ORIGINAL
 from lorazip.compress.shards import Shard
+from lorazip.compress.sides import Task
 from lorazip.compress.spec import Spec
 from lorazip.compress.svd import original
 from lorazip.errors import UndecidedError
@@ -34,18 +37,35 @@ class Choice:
 
     Attributes:
         chosen: (n, m) profiles.
+        gains: (n,) what each adapter is multiplied by as it is stored.
         attempt: how often a bound was missed.
     """
 
     curves: tuple[Curve, ...]
     table: auto.Tables
     chosen: torch.Tensor
+    gains: torch.Tensor
     attempt: int = 0
 
-    @property
+    @staticmethod
+    def of(curves: tuple[Curve, ...], table: auto.Tables, chosen: torch.Tensor) -> Choice:
+        """With the gains for what is chosen."""
+        weights = torch.tensor([c.weight for c in curves])
+        lost = (_picked(table.residuals, chosen) / weights).sum(1)
+        energies = torch.zeros_like(lost)
+        for each in curves:
+            energies[list(each.having)] += each.energies / each.weight
+        return Choice(curves, table, chosen, shrinkage.gains(lost / energies.clamp_min(1e-300)))
+
+    @cached_property
     def plans(self) -> list[Plan]:
         """Module by module."""
         return auto.plans(self.table, self.curves, self.chosen)
+
+    def task(self, place: int, name: str, factors: Sequence[LowRank]) -> Task:
+        """The module of that place and name, to be encoded."""
+        each = self.curves[place]
+        return Task(name, factors, self.plans[place], each.directions, self.gains[list(each.having)])
 
 
 def survey(inputs: Inputs, spec: Spec, name: str, weight: float = 1.0) -> Curve:
@@ -69,7 +89,7 @@ def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     for each in found:
         energies[list(each.having)] += each.energies
     weights = weights_of(energies, spec)
-    allowed = (spec.max_error or 0) * energies
+    allowed = shrinkage.allowed(spec.max_error or 0) * energies
     originals = sum(adapter.nbytes for adapter in inputs.adapters)
     budget = int(originals / spec.ratio) if spec.ratio is not None else spec.budget or 0
     if spec.max_error is not None:
@@ -79,9 +99,9 @@ def choose(inputs: Inputs, spec: Spec, surveyed: Sequence[Curve]) -> Choice:
     bases, worth = auto.settled(found, aim, spec.dtype)
     table = auto.tables(found, bases, auto.menu(found, bases, worth, spec.dtype), count, spec.dtype)
     if spec.max_error is not None:
-        return Choice(found, table, auto.within_errors(table, CAUTION * allowed))
+        return Choice.of(found, table, auto.within_errors(table, CAUTION * allowed))
     chosen = auto.for_budget(table, found, budget, weights, lambda plans: _size(inputs, spec, plans))
-    return Choice(found, table, chosen)
+    return Choice.of(found, table, chosen)
 
 
 def weights_of(energies: torch.Tensor, spec: Spec) -> torch.Tensor:
@@ -103,11 +123,14 @@ def _size(inputs: Inputs, spec: Spec, plans: Sequence[Plan]) -> int:
 def foreseen(inputs: Inputs, spec: Spec, choice: Choice) -> list[Shard]:
     """The modules as they are predicted to come out: what a dry run shows."""
     found = []
-    residuals = choice.table.residuals.gather(2, choice.chosen[..., None])[..., 0]
+    residuals = _picked(choice.table.residuals, choice.chosen)
     for m, (name, plan, curve) in enumerate(zip(inputs.modules, choice.plans, choice.curves, strict=True)):
         shares = curve.sigma.square() / curve.energies.clamp_min(1e-300)[:, None]
         own = residuals[list(curve.having), m] / curve.weight
         energies = curve.energies / curve.weight
+        gains = choice.gains[list(curve.having)]
+        exact = torch.tensor([p == ORIGINAL for p in plan.profiles])
+        own = torch.where(exact, own, shrinkage.stretched(own, energies, gains))
         found.append(_described(inputs, spec, name, plan, own, energies, shares.mean(0)))
     return found
 
@@ -136,10 +159,19 @@ def repaired(inputs: Inputs, spec: Spec, choice: Choice, encoded: Sequence[Shard
     """Another choice for adapters whose measured error is above the bound; None when there are none."""
     if spec.max_error is None:
         return None
-    measured, _ = module_errors(inputs, encoded)
-    found = auto.repaired(choice.table, choice.chosen, measured, spec.max_error, choice.attempt)
+    measured, energies = module_errors(inputs, encoded)
+    total = energies.nansum(1)
+    allowed = shrinkage.unstretched(spec.max_error * total, total, choice.gains)
+    measured = shrinkage.unstretched(measured, energies, choice.gains[:, None])
+    found = auto.repaired(choice.table, choice.chosen, measured, allowed, choice.attempt)
     if found is None:
         return None
     if choice.attempt > auto.REPAIRS:
         raise UndecidedError(f"no storage holds the error {spec.max_error} (ask for more)")
-    return Choice(choice.curves, *found, choice.attempt + 1)
+    table, chosen = found
+    return replace(choice, table=table, chosen=chosen, attempt=choice.attempt + 1)
+
+
+def _picked(figures: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Of (n, m, c), those of the profiles chosen: (n, m)."""
+    return figures.gather(2, chosen[..., None])[..., 0]

@@ -58,12 +58,17 @@ Parts = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """One module to encode: its name, the factors of the adapters that have it, the plan and `curves.directions`."""
+    """One module to encode: its name, the factors of the adapters that have it, the plan and `curves.directions`.
+
+    Attributes:
+        gains: (n,) what each of these adapters is multiplied by (compress/shrinkage.py).
+    """
 
     name: str
     factors: Sequence[LowRank]
     plan: Plan
     directions: Pair
+    gains: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -238,7 +243,7 @@ class _Piece:
         return _Piece(ready, adapters, part, sides[0], sides[1])
 
     def solved(self) -> Tensor:
-        """The left rows that go best with the right ones as stored, once they are rounded: (n, k, out)."""
+        """The left rows that go best with the right ones as stored, once rounded, times the gains: (n, k, out)."""
         fixed = self.right.values.double()
         gram = fixed @ fixed.mT
         size = gram.diagonal(dim1=1, dim2=2)
@@ -254,7 +259,8 @@ class _Piece:
             metric = gram + torch.diag_embed(torch.where(size > 0, noise * size, 1))
             solved = torch.linalg.solve(metric, fixed @ right.mT) @ rows
             found += (solved / (1 - lost)[..., None]).float()
-        return found
+        gains = self.of_module.task.gains[self.adapters]
+        return found * gains.to(found)[:, None, None]
 
     def finish(self) -> None:
         """Hand the module what is stored of these adapters, and their residuals.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lorazip.adapter import LowRank
 from lorazip.compress.auto import Plan
 from lorazip.compress.curves import directions
@@ -18,4 +20,5 @@ def spec(**options: Any) -> Spec:
 
 
 def task(name: str, factors: Sequence[LowRank], plan: Plan) -> Task:
-    return Task(name, factors, plan, directions(prepare(name, factors, Spec(device="cpu"))[0]))
+    gains = torch.ones(len(factors), dtype=torch.float64)
+    return Task(name, factors, plan, directions(prepare(name, factors, Spec(device="cpu"))[0]), gains)
