@@ -20,14 +20,14 @@ because the work space of a row is ten times the row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from lorazip import quantized, trellis
+from lorazip import trellis
 from lorazip.adapter import LowRank
 from lorazip.codecs import Coded, Integers, codec
 from lorazip.compress import encode, svd
@@ -334,14 +334,10 @@ def _round(members: Sequence[tuple[_Side, Tensor, int, slice]], name: str) -> No
     elif isinstance(by, Coded):
         codes, scales, values = rows[:, :0], rows[:, 0], torch.zeros_like(rows)
     else:
-        values = by.decode(by.encode(rows), rows.shape).to(rows)
-    ends = list(accumulate(run.stop - run.start for *_, run in members))
-    places = [slice(*pair) for pair in pairwise([0, *ends])]
-    parts = (
-        stored(by, codes, scales, places)
-        if isinstance(by, Coded)
-        else [by.encode(rows[place]) for place in places]
-    )
+        whole = by.encode(rows)
+        values = by.decode(whole, rows.shape).to(rows)
+    places = _places(run.stop - run.start for *_, run in members)
+    parts = stored(by, codes, scales, places) if isinstance(by, Coded) else _cut(whole, len(rows), places)
     for (side, _, i, run), place, each in zip(members, places, parts, strict=True):
         side.values[i, run] = values[place]
         side.own[i][run.start] = each
@@ -349,11 +345,23 @@ def _round(members: Sequence[tuple[_Side, Tensor, int, slice]], name: str) -> No
 
 def stored(by: Coded, codes: Tensor, scales: Tensor, runs: Sequence[slice]) -> list[Parts]:
     """The parts of runs of rows, codes (n, steps) and scales (n,): packed in one go where rows are whole bytes."""
-    size, rest = divmod(codes.shape[1] * (trellis.RATES[by.rate][0] if by.rate else 1), 8)
-    if rest:
+    if codes.shape[1] * (trellis.RATES[by.rate][0] if by.rate else 1) % 8:
         return [by.store(codes[run], [scales[run]]) for run in runs]
-    octets, kept = by.store(codes, [scales])
-    return [(octets[run.start * size : run.stop * size], kept[run]) for run in runs]
+    return _cut(by.store(codes, [scales]), len(codes), runs)
+
+
+def _places(lengths: Iterable[int]) -> list[slice]:
+    """Pieces of these lengths, one after the other."""
+    return [slice(*pair) for pair in pairwise([0, *accumulate(lengths)])]
+
+
+def _cut(parts: Parts, rows: int, runs: Sequence[slice]) -> list[Parts]:
+    """The parts of runs of rows out of those of all rows, of which each takes as much as any other."""
+    sizes = [len(part) // max(rows, 1) for part in parts]
+    return [
+        tuple(part[run.start * size : run.stop * size] for part, size in zip(parts, sizes, strict=True))
+        for run in runs
+    ]
 
 
 def _loadings(rows: Tensor, basis: Tensor, inverse: Tensor, loaded: Tensor) -> Tensor:
@@ -369,16 +377,17 @@ def _load(side: _Side) -> None:
     inverse = torch.linalg.pinv(side.basis.double() @ side.basis.double().T, hermitian=True)
     fitted = _loadings(side.rows - side.values, side.basis, inverse, side.loaded)
     bits = [tuple(map(loading_bits, each)) for each in side.rates]
-    known = sorted({b for each in bits for b in each})
     of_row = torch.tensor([[*each, *[0] * (fitted.shape[1] - len(each))] for each in bits])
-    levels, scales = torch.zeros_like(fitted), fitted.new_zeros(fitted.shape[:2])
-    for count in known:
+    with_loadings = side.loaded.nonzero()[:, 0].tolist()
+    values, parts = torch.zeros_like(fitted), {}
+    for count in sorted({b for i in with_loadings for b in bits[i]}):
         mask = (of_row == count).to(fitted.device) & side.loaded[:, None]
-        some = fitted[mask]
-        scales[mask] = found = quantized.best_scales(some, count)
-        levels[mask] = quantized.levels(some, found[:, None], count)
-    side.values += (levels * scales[..., None]) @ side.basis
-    for i in side.loaded.nonzero()[:, 0].tolist():
-        side.loadings[i] = [
-            Integers(int(count)).store(levels[i, run], [scales[i, run]]) for count, run in runs(bits[i])
-        ]
+        some, by = fitted[mask], Integers(count)
+        whole = by.encode(some)
+        values[mask] = by.decode(whole, some.shape).to(values)
+        # Row by row in the order of adapters; a basis has columns enough for whole bytes.
+        lengths = [run.stop - run.start for i in with_loadings for own, run in runs(bits[i]) if own == count]
+        parts[count] = iter(_cut(whole, len(some), _places(lengths)))
+    side.values += values @ side.basis
+    for i in with_loadings:
+        side.loadings[i] = [next(parts[int(count)]) for count, _ in runs(bits[i])]
