@@ -7,6 +7,8 @@
 3. From the menu's predicted bytes and residuals `rate.choose` picks, exactly to the budget or bound.
 4. What was encoded is measured; where an adapter then misses its bound, the predictions of its modules are corrected by
    what was measured and it chooses again.
+
+Residuals and bounds here are those of projections, before adapters are made as strong as they were (shrinkage.py).
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ d_j of its energy, is known, and what is stored of it is (1 - d_j) u_j and noise
 
 is best, for what lies outside of a shared basis and for what lies inside each by its own d_j. It differs where rounded
 right rows nearly depend on each other: there the least squares alone would be large numbers that cancel, and their
-noise would not. Loadings are fitted last on each side: to the row less its own rounded
-part. Several modules are encoded together, because the rows of one rate and width are: a trellis takes as many steps
-for ten rows as for sixty, on a GPU as for hundreds. A module of many adapters is encoded some adapters at a time,
-because the work space of a row is ten times the row.
+noise would not. What is stored is this times the adapter's gain (shrinkage.py). Loadings are fitted last on each side:
+to the row less its own rounded part. Several modules are encoded together, because the rows of one rate and width are:
+a trellis takes as many steps for ten rows as for sixty, on a GPU as for hundreds. A module of many adapters is encoded
+some adapters at a time, because the work space of a row is ten times the row.
 """
 
 from __future__ import annotations
